@@ -1,0 +1,124 @@
+"""The timers a server holds, and which of them is due first.
+
+Pure: no clock, no I/O, no lock. Times are monotonic seconds and always come in as arguments.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Generic, TypeVar
+
+_Worker = TypeVar("_Worker", bound=Hashable)
+_Request = TypeVar("_Request")
+
+# Heap entries of released timers are left in place; the heap is rebuilt when it holds more than
+# twice the live ones plus this many, so that its size and the cost of an acquire stay bounded.
+_HEAP_SLACK = 64
+
+
+class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Request]):
+    """A mapping from (worker, scope) to request that knows the earliest deadline."""
+
+    def __init__(self) -> None:
+        self._timers: dict[_Worker, dict[str, tuple[int, _Request]]] = {}
+        self._size = 0
+        self._serial = 0
+        # Deadline, serial, worker, scope. The serial breaks ties, so that workers are never
+        # compared, and tells a live entry from one whose timer was released or acquired anew.
+        self._heap: list[tuple[float, int, _Worker, str]] = []
+
+    def __getitem__(self, key: tuple[_Worker, str]) -> _Request:
+        worker, scope = key
+        try:
+            return self._timers[worker][scope][1]
+        except KeyError:
+            raise KeyError(key) from None
+
+    def __iter__(self) -> Iterator[tuple[_Worker, str]]:
+        return ((worker, scope) for worker, scopes in self._timers.items() for scope in scopes)
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({dict(self)!r})"
+
+    def acquire(self, worker: _Worker, scope: str, request: _Request, deadline: float) -> None:
+        """Hold a timer; it replaces the one that the worker holds for the scope, if any."""
+        scopes = self._timers.setdefault(worker, {})
+        self._size += scope not in scopes
+        self._serial += 1
+        scopes[scope] = self._serial, request
+        heapq.heappush(self._heap, (deadline, self._serial, worker, scope))
+        self._prune()
+
+    def release(self, worker: _Worker, scope: str) -> None:
+        """Drop one timer; a release of what is not held does nothing."""
+        scopes = self._timers.get(worker)
+        if scopes is None or scopes.pop(scope, None) is None:
+            return
+        self._size -= 1
+        if not scopes:
+            del self._timers[worker]
+        self._prune()
+
+    def clear(self, worker: _Worker) -> None:
+        """Drop all timers of a worker."""
+        self._size -= len(self._timers.pop(worker, ()))
+        self._prune()
+
+    def holds(self, worker: _Worker) -> bool:
+        """Whether a worker has a timer."""
+        return worker in self._timers
+
+    def workers(self) -> list[_Worker]:
+        """The workers that hold a timer."""
+        return list(self._timers)
+
+    def expired(self, now: float) -> dict[_Worker, list[_Request]]:
+        """The requests due at `now` or before, by worker, each worker's oldest first.
+
+        Asks only the due part of the heap: the cost does not grow with the timers still running.
+        """
+        due = []
+        pending = [0]
+        while pending:
+            index = pending.pop()
+            if index < len(self._heap) and self._heap[index][0] <= now:
+                pending += (2 * index + 1, 2 * index + 2)
+                if self._is_live(index):
+                    due.append(self._heap[index])
+        found: dict[_Worker, list[_Request]] = {}
+        for _, _, worker, scope in sorted(due, key=lambda entry: entry[:2]):
+            found.setdefault(worker, []).append(self[worker, scope])
+        return found
+
+    def next_deadline(self, after: float = float("-inf")) -> float | None:
+        """The earliest deadline later than `after`; None where there is none."""
+        while self._heap and not self._is_live(0):
+            heapq.heappop(self._heap)
+        earliest: float | None = None
+        pending = [0]
+        while pending:
+            index = pending.pop()
+            if index >= len(self._heap):
+                continue
+            deadline = self._heap[index][0]
+            if earliest is not None and deadline >= earliest:
+                continue
+            if deadline > after and self._is_live(index):
+                earliest = deadline
+            else:
+                pending += (2 * index + 1, 2 * index + 2)
+        return earliest
+
+    def _is_live(self, index: int) -> bool:
+        _, serial, worker, scope = self._heap[index]
+        held = self._timers.get(worker, {}).get(scope)
+        return held is not None and held[0] == serial
+
+    def _prune(self) -> None:
+        if len(self._heap) > 2 * self._size + _HEAP_SLACK:
+            self._heap = [entry for index, entry in enumerate(self._heap) if self._is_live(index)]
+            heapq.heapify(self._heap)
