@@ -1,0 +1,229 @@
+"""The pipe inside a `multiprocessing.Queue`, read and written without its locks and its thread.
+
+`Queue.put` hands a request to a thread, which needs the GIL to send it, and which takes a lock
+that stays taken if the process is killed at that moment. The frames on the pipe are those of
+`multiprocessing.connection`: the length as a signed 32-bit integer in network order (-1: an
+unsigned 64-bit one follows), then the pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import pickle
+import select
+import struct
+import time
+import weakref
+from typing import TYPE_CHECKING, Protocol
+
+from elastic_timer._fifo import enlarge_pipe
+from elastic_timer._wire import PIPE_BUF
+
+if TYPE_CHECKING:
+    from typing import TypeGuard
+
+logger = logging.getLogger(__name__)
+
+# How long a send waits for a server that does not read, in seconds.
+_PATIENCE = 1.0
+
+# What one drain reads at most: writers that never pause could else keep the reader here.
+_READ_LIMIT = 1 << 20
+_READ_SIZE = 1 << 16
+
+_SHORT_LENGTH = struct.Struct("!i")
+_LONG_LENGTH = struct.Struct("!Q")
+
+# What claims to be longer is no frame at all: waiting for its end could last for ever.
+_LONGEST_FRAME = 1 << 24
+
+
+class _HasFileno(Protocol):
+    def fileno(self) -> int: ...
+
+
+class _Semaphore(Protocol):
+    def acquire(self, block: bool = ..., timeout: float | None = ...) -> bool: ...
+    def release(self) -> None: ...
+
+
+class ReadablePipe(Protocol):
+    """A queue of multiprocessing whose reading end is open in this process."""
+
+    _reader: _HasFileno
+
+
+class WritablePipe(Protocol):
+    """A `multiprocessing.Queue`: its semaphore counts the free places, `qsize` what they leave."""
+
+    _writer: _HasFileno
+    _sem: _Semaphore
+    _closed: bool
+
+
+def has_readable_pipe(queue: object) -> TypeGuard[ReadablePipe]:
+    """Whether requests can be read from the queue's pipe, as on POSIX they can."""
+    return os.name == "posix" and hasattr(getattr(queue, "_reader", None), "fileno")
+
+
+def has_writable_pipe(queue: object) -> TypeGuard[WritablePipe]:
+    """Whether requests can be written to the queue's pipe directly.
+
+    /proc (Linux) is needed for a description of our own, non-blocking where the shared one must
+    stay as it is. A JoinableQueue counts its requests elsewhere too.
+    """
+    return (
+        os.path.isdir("/proc/self/fd")
+        and hasattr(getattr(queue, "_writer", None), "fileno")
+        and hasattr(queue, "_sem")
+        and hasattr(queue, "_closed")
+        and not hasattr(queue, "_unfinished_tasks")
+    )
+
+
+class PipeWriter:
+    """Sends requests through a queue's pipe: each is in the pipe when `send` returns."""
+
+    def __init__(self, queue: WritablePipe) -> None:
+        self._queue = queue
+        self._fd: int | None = None
+
+    def __reduce__(self) -> tuple[type[PipeWriter], tuple[WritablePipe]]:
+        # The descriptor is this process's own; the queue knows how to get to another.
+        return PipeWriter, (self._queue,)
+
+    def send(self, request: object) -> None:
+        """Send a request whole, or not at all.
+
+        Raises:
+            BrokenPipeError: For about a second the pipe or the queue was full: nobody reads.
+            RuntimeError: The request does not fit in one atomic write.
+            ValueError: The queue was closed.
+        """
+        if self._queue._closed:
+            raise ValueError(f"queue {self._queue!r} is closed")
+        pickled = pickle.dumps(request)
+        frame = _SHORT_LENGTH.pack(len(pickled)) + pickled
+        if len(frame) > PIPE_BUF:
+            raise RuntimeError(
+                f"a timer request may take {PIPE_BUF} bytes, this one takes {len(frame)}: "
+                "give it a shorter scope"
+            )
+        give_up_at = time.monotonic() + _PATIENCE
+        # Before the request is there, as `put` does: or its reader could be ahead of the count.
+        if not self._queue._sem.acquire(True, _PATIENCE):
+            raise _unread("the queue")
+        try:
+            self._write(frame, give_up_at)
+        except BaseException:
+            self._queue._sem.release()
+            raise
+
+    def _write(self, frame: bytes, give_up_at: float) -> None:
+        fd = self._open() if self._fd is None else self._fd
+        while True:
+            try:
+                # Atomic up to PIPE_BUF (pipe(7)): no lock is needed between writers.
+                os.write(fd, frame)
+                return
+            except BlockingIOError:
+                remaining = give_up_at - time.monotonic()
+                if remaining <= 0:
+                    raise _unread("the pipe of the queue") from None
+                poll = select.poll()
+                poll.register(fd, select.POLLOUT)
+                poll.poll(remaining * 1000)
+
+    def _open(self) -> int:
+        path = f"/proc/self/fd/{self._queue._writer.fileno()}"
+        self._fd = fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
+        weakref.finalize(self, os.close, fd)
+        return fd
+
+
+def _unread(what: str) -> BrokenPipeError:
+    return BrokenPipeError(
+        errno.EPIPE, f"{what} is full: the timer server does not read; is it alive?"
+    )
+
+
+class PipeReader:
+    """Cuts what is in a queue's pipe into pickles, without ever waiting for a writer.
+
+    To be used by one reader at a time: it reads ahead of what it has given out.
+    """
+
+    def __init__(self, queue: ReadablePipe) -> None:
+        self._queue = queue
+        self._sem: _Semaphore | None = getattr(queue, "_sem", None)
+        self._fd: int | None = None
+        self._poll = select.poll()
+        self._buffer = bytearray()
+
+    def fileno(self) -> int:
+        """The descriptor that becomes readable when there are requests; opened if need be."""
+        if self._fd is None:
+            # Our own, or closing the queue would pull it from under the selector it is watched by.
+            self._fd = fd = os.dup(self._queue._reader.fileno())
+            self._finalizer = weakref.finalize(self, os.close, fd)
+            self._poll.register(fd, select.POLLIN)
+            enlarge_pipe(fd)
+        return self._fd
+
+    def close(self) -> None:
+        """Close the descriptor; the queue itself stays open, and so does what was read ahead."""
+        if self._fd is not None:
+            self._poll.unregister(self._fd)
+            self._finalizer()
+            self._fd = None
+
+    def wait(self, timeout: float) -> None:
+        """Wait until there is something to read, for `timeout` seconds at most."""
+        self.fileno()
+        self._poll.poll(max(0.0, timeout) * 1000)
+
+    def read(self) -> None:
+        """Read what has arrived."""
+        fd = self.fileno()
+        limit = len(self._buffer) + _READ_LIMIT
+        # Asked before each read, as the description is shared and has to stay blocking.
+        while len(self._buffer) < limit and self._poll.poll(0):
+            chunk = os.read(fd, _READ_SIZE)
+            if not chunk:
+                break
+            self._buffer += chunk
+
+    def take(self, limit: float = float("inf")) -> list[bytes]:
+        """Take out the pickles that were read whole, `limit` at most."""
+        taken: list[bytes] = []
+        end = 0
+        while len(taken) < limit:
+            start = end + _SHORT_LENGTH.size
+            if len(self._buffer) < start:
+                break
+            (length,) = _SHORT_LENGTH.unpack_from(self._buffer, end)
+            if length == -1:
+                start += _LONG_LENGTH.size
+                if len(self._buffer) < start:
+                    break
+                (length,) = _LONG_LENGTH.unpack_from(self._buffer, end + _SHORT_LENGTH.size)
+            if not 0 <= length <= _LONGEST_FRAME:
+                logger.error("Dropped %d bytes from the queue: no request", len(self._buffer) - end)
+                end = len(self._buffer)
+                break
+            if len(self._buffer) < start + length:
+                break
+            end = start + length
+            taken.append(bytes(self._buffer[start:end]))
+            self._count_down()
+        del self._buffer[:end]
+        return taken
+
+    def _count_down(self) -> None:
+        if self._sem is not None:
+            # More frames than were counted: somebody wrote to the pipe without `put`.
+            with contextlib.suppress(ValueError):
+                self._sem.release()
