@@ -1,0 +1,99 @@
+"""What is logged about workers whose timers expired, before any of them is signalled.
+
+One WARNING per worker, with facts and Python stacks in its text and in its ``extra`` fields;
+``docs/evidence.md`` says how to read it.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import TYPE_CHECKING
+
+from elastic_timer import _evidence
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    _Handler = Callable[[str, dict[int, list[str]]], object]
+
+__all__ = [
+    "add_debug_info_handler",
+    "log_debug_info_for_expired_timers",
+    "remove_debug_info_handler",
+    "set_stacks_timeout",
+    "stacks_timeout",
+]
+
+logger = logging.getLogger(__name__)
+
+# Changed without a lock: one held by another thread during a fork would stay held in the child.
+_handlers: list[_Handler] = []
+_stacks_timeout = 2.0
+
+
+def log_debug_info_for_expired_timers(run_id: str, expired_timers: dict[int, list[str]]) -> None:
+    """Log what workers were doing when their timers expired, then call the added handlers.
+
+    Both servers call this once per expiry, before they signal a worker and also where they will
+    not signal it (a signal of zero or below). Nothing is logged for an empty mapping. Never
+    raises an `Exception`: what goes wrong is logged instead.
+
+    Args:
+        run_id: the run id of the server.
+        expired_timers: pid of each worker to its expired timers, each as JSON.
+    """
+    if not expired_timers:
+        return
+    try:
+        for evidence in _evidence.collect(run_id, expired_timers, _stacks_timeout):
+            fields = {f"timer_{name}": value for name, value in evidence.items()}
+            logger.warning("%s", _evidence.describe(evidence), extra=fields)
+    except Exception:
+        logger.exception("no evidence on the expired timers of run %r: %s", run_id, expired_timers)
+    for handler in tuple(_handlers):
+        try:
+            handler(run_id, expired_timers)
+        except Exception:
+            logger.exception("the debug info handler %r failed", handler)
+
+
+def add_debug_info_handler(handler: _Handler) -> None:
+    """Have a function of your own called when timers expire, before their workers are signalled.
+
+    It runs on a thread of the server, after the evidence was logged. The server waits for the
+    evidence and all handlers together for `stacks_timeout` and one second more, then goes ahead.
+
+    Args:
+        handler: called with the run id and the mapping of pid to the JSON of each expired timer.
+            What it returns is ignored; an error it raises is logged. Added twice, it is called
+            once.
+    """
+    if handler not in _handlers:
+        _handlers.append(handler)
+
+
+def remove_debug_info_handler(handler: _Handler) -> None:
+    """Undo `add_debug_info_handler`; without effect for a handler that is not there."""
+    if handler in _handlers:
+        _handlers.remove(handler)
+
+
+def set_stacks_timeout(seconds: float) -> None:
+    """Bound the time that taking Python stacks may add to a reap, for this process's servers.
+
+    Args:
+        seconds: for the stacks of all workers that expire together; 2.0 at first, 0 takes none.
+
+    Raises:
+        ValueError: if it is negative, infinite or not a number.
+    """
+    global _stacks_timeout
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ValueError(f"the time for stacks must be 0 or more seconds, not {seconds!r}")
+    _stacks_timeout = float(seconds)
+
+
+def stacks_timeout() -> float:
+    """The bound set with `set_stacks_timeout`, in seconds."""
+    return _stacks_timeout
