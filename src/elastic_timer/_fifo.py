@@ -83,13 +83,19 @@ class Fifo:
         """Open it for reading; returns the descriptor, non-blocking.
 
         A writer is kept open too: without one a FIFO reads as ended as soon as a client has closed
-        it, and waiting for it would return at once for ever.
+        it, and waiting for it would return at once for ever. What was open before is closed, unless
+        opening fails.
         """
+        reader = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            writer = os.open(self._path, os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            os.close(reader)
+            raise
         self.close()
-        self._reader = os.open(self._path, os.O_RDONLY | os.O_NONBLOCK)
-        self._writer = os.open(self._path, os.O_WRONLY | os.O_NONBLOCK)
-        enlarge_pipe(self._reader)
-        return self._reader
+        self._reader, self._writer = reader, writer
+        enlarge_pipe(reader)
+        return reader
 
     def fileno(self) -> int:
         """The descriptor to read from.

@@ -158,11 +158,17 @@ class Watchdog:
 
     def _open(self) -> selectors.BaseSelector:
         if self._selector is None:
-            self._selector = selectors.DefaultSelector()
-            self._wake_fds = reader, writer = os.pipe()
+            reader, writer = os.pipe()
+            try:
+                selector = selectors.DefaultSelector()
+            except OSError:
+                os.close(reader)
+                os.close(writer)
+                raise
             os.set_blocking(reader, False)
             os.set_blocking(writer, False)
-            self._selector.register(reader, selectors.EVENT_READ, None)
+            selector.register(reader, selectors.EVENT_READ, None)
+            self._selector, self._wake_fds = selector, (reader, writer)
         return self._selector
 
     def _forget_parent(self) -> None:

@@ -7,10 +7,11 @@ torch's `file_based_local_timer`.
 from __future__ import annotations
 
 import json
-import math
 import select
 import signal as signals
 import sys
+from json.encoder import encode_basestring_ascii
+from math import isfinite
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ PIPE_BUF: int = getattr(select, "PIPE_BUF", 512)
 
 _LARGEST_PID = 2**31 - 1  # pid_t is a signed 32-bit integer wherever Python runs.
 _LARGEST_SIGNAL = int(signals.NSIG) - 1
-_encode_string = json.JSONEncoder().encode
 
 # Within a JSON string the quotes would be escaped: this matches no part of somebody's scope.
 _REQUEST_START = b'{"version"'
@@ -43,14 +43,12 @@ def encode(version: int, pid: int, scope_id: str, expiration_time: float, signal
         TypeError: The scope is not a string.
         ValueError: The expiration time is NaN or infinite, for which JSON has no number.
     """
-    if not math.isfinite(expiration_time):
+    if not isfinite(expiration_time):
         raise ValueError(f"a timer needs a finite expiration time, not {expiration_time}")
-    if not isinstance(scope_id, str):
-        raise TypeError(f"a scope is a string, not {scope_id!r}")
     # A subclass such as numpy.float64 or an enum has a repr of its own, which is no JSON.
     number = (float if isinstance(expiration_time, float) else int).__repr__(expiration_time)
     return (
-        f'{{"version": {version}, "pid": {pid}, "scope_id": {_encode_string(scope_id)}, '
+        f'{{"version": {version}, "pid": {pid}, "scope_id": {encode_basestring_ascii(scope_id)}, '
         f'"expiration_time": {number}, "signal": {int(signal)}}}'
     )
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 if TYPE_CHECKING:
+    from types import TracebackType
+
     from typing_extensions import ParamSpec, Self
 
     _P = ParamSpec("_P")
@@ -334,7 +336,12 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
             _undo_interrupted(client, scope, error)
             raise
 
-    def __exit__(self, exc_type: type[BaseException] | None, *exception: object) -> None:
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         if self._held is None:
             return
         client, scope = self._held
@@ -352,8 +359,13 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
     async def __aenter__(self) -> None:
         self.__enter__()
 
-    async def __aexit__(self, exc_type: type[BaseException] | None, *exception: object) -> None:
-        self.__exit__(exc_type, *exception)
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.__exit__(exc_type, exception, traceback)
 
     def __call__(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
         """Decorate a function or a coroutine function: each of its calls has the deadline.

@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from elastic_timer import _wire
 from elastic_timer._callbacks import PATIENCE, Callbacks, run_contained
 from elastic_timer._fifo import Fifo, read_available
 from elastic_timer._process import is_running
 from elastic_timer._rounds import REQUESTS, Rounds
+from elastic_timer._wire import PIPE_BUF, LineBuffer, decode, encode
 from elastic_timer._worker_timers import WorkerTimers
 from elastic_timer.api import TimerClient, TimerRequest
 from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
@@ -125,7 +125,7 @@ class FileTimerRequest(TimerRequest):
             TypeError: The scope is not a string.
             ValueError: The expiration time is NaN or infinite.
         """
-        return _wire.encode(
+        return encode(
             self.version, self.worker_id, self.scope_id, self.expiration_time, self.signal
         )
 
@@ -159,56 +159,59 @@ class FileTimerClient(TimerClient):
 
     @_retry(max_retries=_TRIES, sleep_time=_TRY_INTERVAL)
     def _open_non_blocking(self) -> int:
-        return self._open()
-
-    def _open(self) -> int:
-        # Non-blocking: where no server reads, it fails at once with ENXIO instead of waiting.
+        # Where no server reads, it fails at once with ENXIO instead of waiting for one.
         fd = os.open(self._file_path, _OPEN_FLAGS)
-        if not self._is_fifo:
-            self._is_fifo = stat.S_ISFIFO(os.fstat(fd).st_mode)
-            if not self._is_fifo:
-                os.close(fd)
-                raise OSError(errno.ENXIO, "not a FIFO")
+        try:
+            self._check_fifo(fd)
+        except OSError:
+            os.close(fd)
+            raise
         return fd
 
     def _send_request(self, request: FileTimerRequest) -> None:
         line = f"{request.to_json()}\n".encode()
-        if len(line) > _wire.PIPE_BUF:
+        if len(line) > PIPE_BUF:
             raise RuntimeError(
-                f"a timer request may take {_wire.PIPE_BUF} bytes, this one takes {len(line)}: "
+                f"a timer request may take {PIPE_BUF} bytes, this one takes {len(line)}: "
                 "give it a shorter scope"
             )
         try:
-            fd = self._open_non_blocking()
-        except OSError as error:
-            raise self._unreachable(error) from error
-        try:
-            os.write(fd, line)
-        except (BlockingIOError, BrokenPipeError):
+            # One try without ado: this is the path of every block of every worker.
+            fd = os.open(self._file_path, _OPEN_FLAGS)
+            try:
+                if not self._is_fifo:
+                    self._check_fifo(fd)
+                os.write(fd, line)
+            finally:
+                # At once: upstream's server stops watching while a client has the FIFO open.
+                os.close(fd)
+        except OSError:
             self._send_patiently(line)
-        finally:
-            # At once: upstream's server stops watching while a client has the FIFO open.
-            os.close(fd)
 
     def _send_patiently(self, line: bytes) -> None:
-        """Send to a server that is behind with reading, or that has just gone away."""
+        """Send to a server that is not there, or that is behind with reading."""
         give_up_at = time.monotonic() + _TRIES * _TRY_INTERVAL
         while True:
             try:
-                fd = self._open()
-                try:
-                    poll = select.poll()
-                    poll.register(fd, select.POLLOUT)
-                    poll.poll(max(0, give_up_at - time.monotonic()) * 1000)
-                    os.write(fd, line)
-                    return
-                finally:
-                    os.close(fd)
+                fd = self._open_non_blocking()
+            except OSError as error:
+                raise self._unreachable(error) from error
+            try:
+                poll = select.poll()
+                poll.register(fd, select.POLLOUT)
+                poll.poll(max(0, give_up_at - time.monotonic()) * 1000)
+                os.write(fd, line)
+                return
             except OSError as error:
                 if time.monotonic() >= give_up_at:
                     raise self._unreachable(error) from error
-                if not isinstance(error, BlockingIOError):
-                    time.sleep(_TRY_INTERVAL)
+            finally:
+                os.close(fd)
+
+    def _check_fifo(self, fd: int) -> None:
+        if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+            raise OSError(errno.ENXIO, "not a FIFO")
+        self._is_fifo = True
 
     def _unreachable(self, error: OSError) -> BrokenPipeError:
         problem = (
@@ -302,7 +305,7 @@ class FileTimerServer:
         self._is_started = False
         self._is_cut_off = False
         self._fatal_signal = 0
-        self._lines = _wire.LineBuffer()
+        self._lines = LineBuffer()
         self._callbacks = Callbacks()
         self._fifo = Fifo(file_path)
         # Not before: its fork and exit hooks are no business of a process that has no server.
@@ -338,11 +341,12 @@ class FileTimerServer:
             return
         self._stop_signaled = self._run_once = False
         self._workers.clear_unheld()
-        self._fifo.make()
-        self._watchdog.watch(self._fifo.open(), REQUESTS)
         try:
+            self._fifo.make()
+            self._watchdog.watch(self._fifo.open(), REQUESTS)
             self._watchdog.start()
-        except RuntimeError:
+        except BaseException:
+            # Open, but read by nobody, it would swallow what clients send.
             self._release_resources()
             raise
         self._is_started = True
@@ -462,7 +466,7 @@ class FileTimerServer:
         refused = 0
         for line in self._lines.feed(data):
             try:
-                requests.append(FileTimerRequest(*_wire.decode(line)))
+                requests.append(FileTimerRequest(*decode(line)))
             except ValueError as error:
                 refused += 1
                 if refused <= _NAMED_LINES:
@@ -478,9 +482,11 @@ class FileTimerServer:
                 raise FileExistsError(errno.EEXIST, "something else was put in its place")
             old = self._fifo.fileno()
             self._fifo.make()
+            new = self._fifo.open()
             self._watchdog.unwatch(old)
-            self._watchdog.watch(self._fifo.open(), REQUESTS)
+            self._watchdog.watch(new, REQUESTS)
         except OSError as error:
+            self._fifo.remove()  # If it was made and not opened, the next round has to try again.
             if not self._is_cut_off:
                 logger.error(
                     "No requests can arrive at %s any more: %s. The timers held are kept; a new "

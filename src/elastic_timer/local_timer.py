@@ -260,11 +260,12 @@ class LocalTimerServer(TimerServer):
     def _wait(self, timeout: float) -> bool:
         """Wait; whether there may be something to do."""
         if self._watched_fd is None:
-            self._watched_fd = self._mp_requests.fileno()
-            if self._watched_fd is None:
+            fd = self._mp_requests.fileno()
+            if fd is None:
                 self._rounds.wait(min(timeout, _ASK_INTERVAL))
                 return True
-            self._watchdog.watch(self._watched_fd, REQUESTS)
+            self._watchdog.watch(fd, REQUESTS)
+            self._watched_fd = fd
         return self._rounds.wait(timeout)
 
     def _reap_worker(self, worker_id: int) -> bool:
