@@ -44,7 +44,8 @@ class Watchdog:
     def __init__(self, owner: Owner, daemon: bool) -> None:
         self._owner = owner
         self._daemon = daemon
-        self._lock = threading.Lock()
+        # Of what several threads use: the end of the loop, and the descriptor that wakes it.
+        self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._loop_has_ended = True
         self._thread_releases = False
@@ -109,9 +110,10 @@ class Watchdog:
 
     def wake(self) -> None:
         """End a wait that is under way, or the next one."""
-        if self._wake_fds is not None:
-            # Full: then it will wake anyway.
-            with contextlib.suppress(BlockingIOError):
+        # The lock keeps `close` from giving the descriptor's number to somebody else's file.
+        # Where the pipe is full, the thread will wake anyway.
+        with self._lock, contextlib.suppress(BlockingIOError):
+            if self._wake_fds is not None:
                 os.write(self._wake_fds[1], b"\0")
 
     def pause(self, seconds: float) -> None:
@@ -140,12 +142,13 @@ class Watchdog:
 
     def close(self) -> None:
         """Close the descriptors it waits with."""
-        if self._selector is not None:
-            self._selector.close()
-            self._selector = None
-        for fd in self._wake_fds or ():
-            os.close(fd)
-        self._wake_fds = None
+        with self._lock:
+            if self._selector is not None:
+                self._selector.close()
+                self._selector = None
+            for fd in self._wake_fds or ():
+                os.close(fd)
+            self._wake_fds = None
 
     def _run(self) -> None:
         try:
@@ -173,7 +176,7 @@ class Watchdog:
 
     def _forget_parent(self) -> None:
         # The lock may have been held, and the thread is not there, in a forked child.
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._stop_requested = threading.Event()
         self._thread = None
         self._loop_has_ended = True
