@@ -70,13 +70,12 @@ def has_readable_pipe(queue: object) -> TypeGuard[ReadablePipe]:
 
 
 def has_writable_pipe(queue: object) -> TypeGuard[WritablePipe]:
-    """Whether requests can be written to the queue's pipe directly.
+    """Whether requests can be written to the queue's pipe directly, as on POSIX they can.
 
-    /proc (Linux) is needed for a description of our own, non-blocking where the shared one must
-    stay as it is. A JoinableQueue counts its requests elsewhere too.
+    A JoinableQueue counts its requests in a second place.
     """
     return (
-        os.path.isdir("/proc/self/fd")
+        os.name == "posix"
         and hasattr(getattr(queue, "_writer", None), "fileno")
         and hasattr(queue, "_sem")
         and hasattr(queue, "_closed")
@@ -123,25 +122,35 @@ class PipeWriter:
             raise
 
     def _write(self, frame: bytes, give_up_at: float) -> None:
-        fd = self._open() if self._fd is None else self._fd
         while True:
-            try:
-                # Atomic up to PIPE_BUF (pipe(7)): no lock is needed between writers.
-                os.write(fd, frame)
-                return
-            except BlockingIOError:
-                remaining = give_up_at - time.monotonic()
-                if remaining <= 0:
-                    raise _unread("the pipe of the queue") from None
-                poll = select.poll()
-                poll.register(fd, select.POLLOUT)
-                poll.poll(remaining * 1000)
+            fd, may_block = self._open()
+            # Atomic up to PIPE_BUF (pipe(7)): no lock is needed between writers. Where the write
+            # may block, it does so only if another writer takes the room that was just seen.
+            if not may_block or _has_room(fd, 0):
+                with contextlib.suppress(BlockingIOError):
+                    os.write(fd, frame)
+                    return
+            if not _has_room(fd, give_up_at - time.monotonic()):
+                raise _unread("the pipe of the queue")
 
-    def _open(self) -> int:
-        path = f"/proc/self/fd/{self._queue._writer.fileno()}"
-        self._fd = fd = os.open(path, os.O_WRONLY | os.O_NONBLOCK)
-        weakref.finalize(self, os.close, fd)
-        return fd
+    def _open(self) -> tuple[int, bool]:
+        """The descriptor to write to, and whether a write to it may block."""
+        if self._fd is None:
+            # Opened anew it is ours to make non-blocking; the one that the queue shares among
+            # processes is not. There has to be a /proc, and this user must own the pipe.
+            shared = self._queue._writer.fileno()
+            try:
+                self._fd = os.open(f"/proc/self/fd/{shared}", os.O_WRONLY | os.O_NONBLOCK)
+            except OSError:
+                return shared, True
+            weakref.finalize(self, os.close, self._fd)
+        return self._fd, False
+
+
+def _has_room(fd: int, timeout: float) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(max(0.0, timeout) * 1000))
 
 
 def _unread(what: str) -> BrokenPipeError:
