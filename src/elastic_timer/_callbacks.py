@@ -26,8 +26,8 @@ def run_contained(callback: Callable[[], object]) -> None:
 class Callbacks:
     """Runs callbacks one after the other on a thread of their own, and waits for each with a bound.
 
-    One that does not come back costs the watchdog its bound once; those behind it are kept and run
-    in their order when it does. The thread lives only while there is something to run.
+    While one does not come back, those behind it are kept, to be run in their order, and are not
+    waited for. The thread lives only while there is something to run.
     """
 
     def __init__(self) -> None:
@@ -38,8 +38,8 @@ class Callbacks:
         self._allowance = PATIENCE
 
     def begin_round(self) -> None:
-        """Grant a new round its patience, unless a callback of an earlier one still blocks."""
-        self._allowance = 0.0 if self._unfinished else PATIENCE
+        """Grant a new round its patience."""
+        self._allowance = PATIENCE
 
     def run(self, callback: Callable[[], object], patience: float | None = None) -> None:
         """Run a callback and wait for it.
@@ -49,19 +49,22 @@ class Callbacks:
             patience: How many seconds to wait at most. None means what is left to the round.
         """
         started = time.monotonic()
+        done, is_next = self._submit(callback)
         limit = self._allowance if patience is None else patience
-        if not self._submit(callback).wait(limit) and limit > 0:
+        if is_next and not done.wait(limit) and limit > 0:
             logger.warning("No return within %.1f s, so the watchdog goes on: %r", limit, callback)
         if patience is None:
             self._allowance = max(0.0, limit - (time.monotonic() - started))
 
-    def _submit(self, callback: Callable[[], object]) -> threading.Event:
+    def _submit(self, callback: Callable[[], object]) -> tuple[threading.Event, bool]:
+        """Queue a callback; the event tells that it is done, the bool that none is before it."""
         done = threading.Event()
         with self._lock:
+            is_next = self._unfinished == 0
             self._pending.append((callback, done))
             self._unfinished += 1
             if self._has_thread:
-                return done
+                return done, is_next
             self._has_thread = True
         thread = threading.Thread(target=self._run_pending, name="elastic-timer callbacks")
         thread.daemon = True
@@ -69,7 +72,7 @@ class Callbacks:
             thread.start()
         except RuntimeError:  # No more threads to be had: late is better than never.
             self._run_pending()
-        return done
+        return done, is_next
 
     def _run_pending(self) -> None:
         while True:

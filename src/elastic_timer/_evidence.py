@@ -99,9 +99,9 @@ def collect(run_id: str, expired_timers: Mapping[int, list[str]], timeout: float
     """Gather the evidence on the workers of one round; remembered until the run's next round.
 
     Args:
-        run_id: the run of the server that found the timers expired.
-        expired_timers: pid to the JSON of its expired timers.
-        timeout: seconds for the stacks of all workers together; 0 for none.
+        run_id: The run of the server that found the timers expired.
+        expired_timers: Pid to the JSON of its expired timers.
+        timeout: Seconds for the stacks of all workers together; 0 for none.
     """
     now = time.time()
     # The facts come first: py-spy pauses the worker, and that would show in its state.
@@ -212,8 +212,8 @@ def take_stacks(
     """Dump the Python stacks of processes, in parallel, each in a ``py-spy`` of its own.
 
     Args:
-        states: pid to the letter of its state as `read_facts` found it.
-        timeout: seconds for all of them together; what then still runs is killed.
+        states: Pid to the letter of its state as `read_facts` found it.
+        timeout: Seconds for all of them together; what then still runs is killed.
 
     Returns:
         For each pid its threads, main thread first, or the reason why there are none.
@@ -252,10 +252,10 @@ def _dump_all(
     taken: dict[int, list[ThreadStack] | str] = {}
 
     def work() -> None:
-        while waiting:
-            try:
+        while True:
+            try:  # not asked before whether there is one: another thread may take it in between
                 pid = waiting.pop()
-            except IndexError:  # another thread took the last one
+            except IndexError:
                 return
             try:
                 taken[pid] = _dump(program, pid, states[pid], deadline)

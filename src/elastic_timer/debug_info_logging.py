@@ -40,8 +40,8 @@ def log_debug_info_for_expired_timers(run_id: str, expired_timers: dict[int, lis
     raises an `Exception`: what goes wrong is logged instead.
 
     Args:
-        run_id: the run id of the server.
-        expired_timers: pid of each worker to its expired timers, each as JSON.
+        run_id: The run id of the server.
+        expired_timers: Pid of each worker to its expired timers, each as JSON.
     """
     if not expired_timers:
         return
@@ -65,7 +65,7 @@ def add_debug_info_handler(handler: _Handler) -> None:
     evidence and all handlers together for `stacks_timeout` and one second more, then goes ahead.
 
     Args:
-        handler: called with the run id and the mapping of pid to the JSON of each expired timer.
+        handler: Called with the run id and the mapping of pid to the JSON of each expired timer.
             What it returns is ignored; an error it raises is logged. Added twice, it is called
             once.
     """
@@ -83,10 +83,10 @@ def set_stacks_timeout(seconds: float) -> None:
     """Bound the time that taking Python stacks may add to a reap, for this process's servers.
 
     Args:
-        seconds: for the stacks of all workers that expire together; 2.0 at first, 0 takes none.
+        seconds: For the stacks of all workers that expire together; 2.0 at first, 0 takes none.
 
     Raises:
-        ValueError: if it is negative, infinite or not a number.
+        ValueError: It is negative, infinite or not a number.
     """
     global _stacks_timeout
     if not (math.isfinite(seconds) and seconds >= 0):

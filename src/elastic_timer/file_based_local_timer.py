@@ -306,7 +306,9 @@ class FileTimerServer:
         self._is_cut_off = False
         self._fatal_signal = 0
         self._lines = LineBuffer()
-        self._callbacks = Callbacks()
+        # Apart, so that a log_event that blocks costs nobody the evidence.
+        self._events = Callbacks()
+        self._reports = Callbacks()
         self._fifo = Fifo(file_path)
         # Not before: its fork and exit hooks are no business of a process that has no server.
         from elastic_timer._watchdog import Watchdog
@@ -425,7 +427,7 @@ class FileTimerServer:
         Args:
             fd: The FIFO, open for reading and non-blocking.
         """
-        self._callbacks.begin_round()
+        self._events.begin_round()
         self.register_timers(self._get_requests(fd, self._max_interval))
         self._rounds.look_at_deadlines()
         if self._reap_self and self._fatal_signal:
@@ -509,7 +511,7 @@ class FileTimerServer:
             {pid: [timer.to_json() for timer in timers] for pid, timers in expired_timers.items()},
         )
         if expired_timers:
-            self._callbacks.run(report, stacks_timeout() + PATIENCE)
+            self._reports.run(report, stacks_timeout() + PATIENCE)
         else:
             run_contained(report)
 
@@ -532,7 +534,7 @@ class FileTimerServer:
 
     def _emit(self, name: str, request: FileTimerRequest) -> None:
         if self._log_event is not None:
-            self._callbacks.run(functools.partial(self._log_event, name, request))
+            self._events.run(functools.partial(self._log_event, name, request))
 
     def _emit_here(self, name: str) -> None:
         if self._log_event is not None:
@@ -551,6 +553,7 @@ class FileTimerServer:
 
     def _forget_parent(self) -> None:
         self._is_started = False
-        self._callbacks = Callbacks()
+        self._events = Callbacks()
+        self._reports = Callbacks()
         self._workers.forget_parent()
         self._fifo.forget_parent()

@@ -203,7 +203,7 @@ class LocalTimerServer(TimerServer):
             raise ValueError(f"max_interval must be a positive number of seconds: {max_interval}")
         self._mp_requests = MultiprocessingRequestQueue(mp_queue)
         super().__init__(self._mp_requests, max_interval, daemon)
-        self._callbacks = Callbacks()
+        self._reports = Callbacks()
         self._workers: WorkerTimers[TimerRequest] = WorkerTimers(self._watchdog, is_running)
         self._timers = self._workers.table
         self._rounds: Rounds[TimerRequest] = Rounds(
@@ -243,7 +243,6 @@ class LocalTimerServer(TimerServer):
 
     def _run_watchdog(self) -> None:
         """Run one round: wait for requests, register them, reap the workers that overran."""
-        self._callbacks.begin_round()
         self.register_timers(self._get_requests())
         self._rounds.look_at_deadlines()
 
@@ -298,7 +297,7 @@ class LocalTimerServer(TimerServer):
             for pid, timers in expired_timers.items()
         }
         report = functools.partial(log_debug_info_for_expired_timers, _RUN_ID, as_json)
-        self._callbacks.run(report, stacks_timeout() + PATIENCE)
+        self._reports.run(report, stacks_timeout() + PATIENCE)
 
     def _expire(self, timers: list[TimerRequest], is_retry: bool) -> tuple[TimerRequest, int]:
         return timers[0], signals.SIGKILL
@@ -318,7 +317,7 @@ class LocalTimerServer(TimerServer):
         super()._release_resources()
 
     def _forget_parent(self) -> None:
-        self._callbacks = Callbacks()
+        self._reports = Callbacks()
         self._watched_fd = None
         self._mp_requests.close()
         self._workers.forget_parent()
