@@ -1,0 +1,209 @@
+"""`elastic-timer demo`: four real workers under one server; two finish, two get stuck.
+
+Run as a module with a worker's name it is that worker.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+
+from typing_extensions import override
+
+from elastic_timer import FileTimerRequest, FileTimerServer, configure, expires
+
+# Many times what the demo takes; a worker that is alive then was not reaped.
+_PATIENCE = 20.0
+
+
+def short_block() -> None:
+    """A worker that is done well within its time."""
+    with expires(after=10):
+        time.sleep(0.3)
+    time.sleep(0.1)  # Outside, it may take as long as it likes.
+
+
+def three_steps() -> None:
+    """A worker that holds its deadline three times."""
+    for _ in range(3):
+        with expires(after=10):
+            time.sleep(0.2)
+        time.sleep(0.1)
+
+
+def overslept() -> None:
+    """A worker that sleeps past its deadline."""
+    with expires(after=1.0):
+        time.sleep(60)
+
+
+def stuck_in_c() -> None:
+    """A worker in a C function that keeps the GIL: no thread or signal handler in it can run."""
+    libc = ctypes.PyDLL(None)
+    with expires(after=1.5):
+        libc.sleep(60)
+
+
+_WORKERS = {
+    "short block": short_block,
+    "three steps": three_steps,
+    "overslept": overslept,
+    "stuck in C with the GIL": stuck_in_c,
+}
+_STUCK = {"overslept", "stuck in C with the GIL"}
+
+
+@dataclasses.dataclass
+class _Worker:
+    """One worker as seen from outside; all times are seconds since the epoch."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    scope: str = "-"
+    deadline: float | None = None
+    reaped: bool = False
+    ended: float | None = None
+
+    @property
+    def how_it_ended(self) -> str:
+        code = self.process.returncode
+        return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+
+    @property
+    def lateness(self) -> str:
+        """Milliseconds from the deadline to the death, as the one who waited for it saw it."""
+        if not self.reaped or self.ended is None or self.deadline is None:
+            return "-"
+        return f"{1000 * (self.ended - self.deadline):.1f} ms"
+
+
+def demo() -> int:
+    """Show it; 0 if exactly the two stuck workers were reaped, else 1."""
+    with tempfile.TemporaryDirectory(prefix="elastic-timer-") as folder:
+        stage = _Stage(os.path.join(folder, "timers"))
+        try:
+            with stage.server:
+                for name in _WORKERS:
+                    stage.enter(name)
+                stage.watch()
+        finally:
+            stage.clear()
+    return stage.conclude()
+
+
+class _Stage:
+    """The workers and their server, and the lines that tell what happens to them."""
+
+    def __init__(self, timer_file: str) -> None:
+        self._started = time.time()
+        self._timer_file = timer_file
+        self._workers: dict[int, _Worker] = {}
+        self._lock = threading.Lock()
+        self.server = _ObservedServer(timer_file, self)
+
+    def enter(self, name: str) -> None:
+        """Start a worker."""
+        with self._lock:  # The server's thread may hear of the worker before we know its pid.
+            process = subprocess.Popen(
+                [sys.executable, "-m", __name__, name],
+                env={**os.environ, "TORCHELASTIC_TIMER_FILE": self._timer_file},
+                stdout=subprocess.PIPE,  # Never written to: its end is the worker's end.
+            )
+            worker = self._workers[process.pid] = _Worker(name, process)
+        self._tell(worker, f"started as process {process.pid}")
+
+    def _tell(self, worker: _Worker, what: str) -> None:
+        with self._lock:  # Three threads do this; each line is to be whole and in its place.
+            print(f"{time.time() - self._started:6.3f} s  {worker.name:24} {what}", flush=True)
+
+    def requested(self, request: FileTimerRequest) -> None:
+        """Tell of a request that reached the server."""
+        worker = self._worker(request)
+        scope = os.path.basename(request.scope_id)
+        if request.expiration_time < 0:
+            self._tell(worker, f"left {scope} in time")
+        else:
+            worker.scope, worker.deadline = scope, request.expiration_time
+            self._tell(worker, f"entered {scope}, {worker.deadline - time.time():.1f} s to go")
+
+    def happened(self, event: str, request: FileTimerRequest | None) -> None:
+        """Tell of an event of the server."""
+        if request is not None:
+            worker = self._worker(request)
+            worker.reaped = worker.reaped or event == "kill worker process"
+            self._tell(worker, f"server: {event}")
+
+    def _worker(self, request: FileTimerRequest) -> _Worker:
+        with self._lock:
+            return self._workers[request.worker_pid]
+
+    def watch(self) -> None:
+        """Wait until every worker has ended, or should have."""
+        give_up = time.monotonic() + _PATIENCE
+        with selectors.DefaultSelector() as selector:
+            for worker in self._workers.values():
+                assert worker.process.stdout is not None
+                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+            while selector.get_map() and time.monotonic() < give_up:
+                for key, _ in selector.select(give_up - time.monotonic()):
+                    selector.unregister(key.fileobj)
+                    worker = key.data
+                    worker.process.wait()
+                    worker.ended = time.time()
+                    self._tell(worker, f"ended: {worker.how_it_ended}")
+
+    def clear(self) -> None:
+        """Leave no worker behind."""
+        for worker in self._workers.values():
+            with worker.process as process:
+                process.kill()
+
+    def conclude(self) -> int:
+        """Print the closing table; the exit status."""
+        rows = [("worker", "scope", "deadline", "how it ended", "late")]
+        for worker in self._workers.values():
+            due = "-" if worker.deadline is None else f"{worker.deadline - self._started:.3f} s"
+            rows.append((worker.name, worker.scope, due, worker.how_it_ended, worker.lateness))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        print()
+        for row in rows:
+            cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
+            print("  ".join(cells).rstrip())
+        print(f"\nThe scopes are lines of {__file__}")
+        reaped = {worker.name for worker in self._workers.values() if worker.reaped}
+        # One that has no end was ended by `clear`, not by the server.
+        if reaped == _STUCK and all(
+            worker.ended and worker.process.returncode == (-signal.SIGKILL if worker.reaped else 0)
+            for worker in self._workers.values()
+        ):
+            print("Exactly the two stuck workers were reaped.")
+            return 0
+        print("Something went wrong: other workers than the two stuck ones were reaped, or fewer.")
+        return 1
+
+
+class _ObservedServer(FileTimerServer):
+    """A server that tells of every request as it registers it."""
+
+    def __init__(self, timer_file: str, stage: _Stage) -> None:
+        super().__init__(timer_file, "demo", log_event=stage.happened)
+        self._stage = stage
+
+    @override
+    def register_timers(self, timer_requests: list[FileTimerRequest]) -> None:
+        for request in timer_requests:
+            self._stage.requested(request)
+        super().register_timers(timer_requests)
+
+
+if __name__ == "__main__":
+    configure()
+    _WORKERS[sys.argv[1]]()
