@@ -30,9 +30,9 @@ logger = logging.getLogger(__name__)
 # How long a send waits for a server that does not read, in seconds.
 _PATIENCE = 1.0
 
-# What one drain reads at most: writers that never pause could else keep the reader here.
-_READ_LIMIT = 1 << 20
-_READ_SIZE = 1 << 16
+# All that the pipe holds, in one read: a server that is killed between two of them would leave half
+# a frame, and the next one would take what follows for its other half.
+_READ_SIZE = 1 << 20
 
 _SHORT_LENGTH = struct.Struct("!i")
 _LONG_LENGTH = struct.Struct("!Q")
@@ -143,7 +143,8 @@ class PipeWriter:
                 self._fd = os.open(f"/proc/self/fd/{shared}", os.O_WRONLY | os.O_NONBLOCK)
             except OSError:
                 return shared, True
-            weakref.finalize(self, os.close, self._fd)
+            # Not at exit: a daemon thread may still release its timers then.
+            weakref.finalize(self, os.close, self._fd).atexit = False
         return self._fd, False
 
 
@@ -178,6 +179,8 @@ class PipeReader:
             # Our own, or closing the queue would pull it from under the selector it is watched by.
             self._fd = fd = os.dup(self._queue._reader.fileno())
             self._finalizer = weakref.finalize(self, os.close, fd)
+            # At exit that would come before the server is stopped, and pull it from under it.
+            self._finalizer.atexit = False
             self._poll.register(fd, select.POLLIN)
             enlarge_pipe(fd)
         return self._fd
@@ -197,13 +200,9 @@ class PipeReader:
     def read(self) -> None:
         """Read what has arrived."""
         fd = self.fileno()
-        limit = len(self._buffer) + _READ_LIMIT
-        # Asked before each read, as the description is shared and has to stay blocking.
-        while len(self._buffer) < limit and self._poll.poll(0):
-            chunk = os.read(fd, _READ_SIZE)
-            if not chunk:
-                break
-            self._buffer += chunk
+        # Asked first, as the description is shared and has to stay blocking.
+        if self._poll.poll(0):
+            self._buffer += os.read(fd, _READ_SIZE)
 
     def take(self, limit: float = float("inf")) -> list[bytes]:
         """Take out the pickles that were read whole, `limit` at most."""

@@ -25,6 +25,10 @@ REQUESTS = "requests"
 # it an acquire and its release, sent back to back, would be seen apart, and each wake the server.
 _GATHER = 0.01
 
+# A selector counts in milliseconds, and rounds up twice. The last seconds, so many, before a
+# deadline are waited for by a finer clock.
+_FINE = 0.002
+
 # The longest pause between two attempts to signal a worker that could not be signalled, and
 # between two looks at workers whose exit no descriptor tells of.
 _RETRY = 1.0
@@ -107,7 +111,13 @@ class Rounds(Generic[_Request]):
             Whether there is something to do. False after the timeout or `Watchdog.wake`.
         """
         due = self._next_due()
-        ready = self._watchdog.wait(min(timeout, due - time.monotonic()))
+        remaining = due - time.monotonic()
+        if timeout < remaining:
+            ready = self._watchdog.wait(timeout)
+        else:
+            ready = self._watchdog.wait(remaining - _FINE)
+            if not ready:
+                self._watchdog.pause(min(_FINE, due - time.monotonic()))
         self._exited += [pid for pid in ready if isinstance(pid, int)]
         if REQUESTS in ready:
             self._watchdog.pause(min(_GATHER, self._max_interval, due - time.monotonic()))

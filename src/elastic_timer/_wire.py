@@ -6,6 +6,7 @@ torch's `file_based_local_timer`.
 
 from __future__ import annotations
 
+import functools
 import json
 import select
 import signal as signals
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 PIPE_BUF: int = getattr(select, "PIPE_BUF", 512)
 
 _LARGEST_PID = 2**31 - 1  # pid_t is a signed 32-bit integer wherever Python runs.
+# What json.loads does, without the searches for white space around it: a third of the time.
+_read_json = json.JSONDecoder().raw_decode
 _LARGEST_SIGNAL = int(signals.NSIG) - 1
 
 # Within a JSON string the quotes would be escaped: this matches no part of somebody's scope.
@@ -53,6 +56,12 @@ def encode(version: int, pid: int, scope_id: str, expiration_time: float, signal
     )
 
 
+@functools.lru_cache(maxsize=64)
+def encode_release(version: int, pid: int, scope_id: str, signal: int) -> bytes:
+    """The whole line of a release. A worker sends the same few over and over."""
+    return f"{encode(version, pid, scope_id, -1, signal)}\n".encode()
+
+
 def decode(line: bytes) -> Fields:
     """Read one line; unknown keys are tolerated, and any version, as upstream tolerates them.
 
@@ -72,14 +81,17 @@ def decode(line: bytes) -> Fields:
 
 
 def _decode_object(text: bytes) -> Fields:
+    stripped = text.decode().strip()
     try:
-        request = json.loads(text.decode())
+        request, end = _read_json(stripped)
     except RecursionError:
         raise ValueError("nested too deeply") from None
-    if not isinstance(request, dict):
-        raise ValueError("not a JSON object")
+    if not isinstance(request, dict) or end != len(stripped):
+        raise ValueError("not one JSON object")
     try:
-        fields = Fields(*(request[key] for key in Fields._fields))
+        fields = Fields(
+            request["pid"], request["scope_id"], request["expiration_time"], request["signal"]
+        )
     except KeyError as missing:
         raise ValueError(f"{missing} is missing") from None
     check_timer(fields.pid, fields.scope_id, fields.expiration_time)

@@ -18,7 +18,7 @@ from elastic_timer._callbacks import PATIENCE, Callbacks, run_contained
 from elastic_timer._fifo import Fifo, read_available
 from elastic_timer._process import is_running
 from elastic_timer._rounds import REQUESTS, Rounds
-from elastic_timer._wire import PIPE_BUF, LineBuffer, decode, encode
+from elastic_timer._wire import PIPE_BUF, LineBuffer, decode, encode, encode_release
 from elastic_timer._worker_timers import WorkerTimers
 from elastic_timer.api import TimerClient, TimerRequest
 from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
@@ -154,13 +154,14 @@ class FileTimerClient(TimerClient):
         if not signal < signals.NSIG:
             raise ValueError(f"there is no signal {signal}")
         self._file_path = file_path
+        self._path = os.fsencode(file_path)  # Once, not for every block.
         self._is_fifo = False
         self.signal = signal
 
     @_retry(max_retries=_TRIES, sleep_time=_TRY_INTERVAL)
     def _open_non_blocking(self) -> int:
         # Where no server reads, it fails at once with ENXIO instead of waiting for one.
-        fd = os.open(self._file_path, _OPEN_FLAGS)
+        fd = os.open(self._path, _OPEN_FLAGS)
         try:
             self._check_fifo(fd)
         except OSError:
@@ -169,7 +170,12 @@ class FileTimerClient(TimerClient):
         return fd
 
     def _send_request(self, request: FileTimerRequest) -> None:
-        line = f"{request.to_json()}\n".encode()
+        if request.expiration_time == -1:
+            line = encode_release(
+                request.version, request.worker_id, request.scope_id, request.signal
+            )
+        else:
+            line = f"{request.to_json()}\n".encode()
         if len(line) > PIPE_BUF:
             raise RuntimeError(
                 f"a timer request may take {PIPE_BUF} bytes, this one takes {len(line)}: "
@@ -177,7 +183,7 @@ class FileTimerClient(TimerClient):
             )
         try:
             # One try without ado: this is the path of every block of every worker.
-            fd = os.open(self._file_path, _OPEN_FLAGS)
+            fd = os.open(self._path, _OPEN_FLAGS)
             try:
                 if not self._is_fifo:
                     self._check_fifo(fd)
@@ -266,7 +272,7 @@ class FileTimerServer:
         reap_self: Send this very process the same signal once a worker was reaped, as upstream
             does.
         kill_after: How many seconds a worker may outlive a signal other than SIGKILL before it
-            gets SIGKILL. None means for ever.
+            gets SIGKILL. None means for ever. Process groups are not followed.
 
     Raises:
         FileExistsError: Something lies at `file_path` that is no FIFO.
