@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from elastic_timer import FileTimerRequest, FileTimerServer, __version__
+from elastic_timer import FileTimerRequest, FileTimerServer, __version__, _evidence
 
 logger = logging.getLogger(__name__)
 
@@ -224,7 +224,7 @@ class _EventFile:
         os.write(self._fd, json.dumps(self._record(name, request)).encode() + b"\n")
 
     def _record(self, name: str, request: FileTimerRequest | None) -> dict[str, object]:
-        return {
+        record: dict[str, object] = {
             "time": time.time(),
             "event": name,
             "run_id": self._run_id,
@@ -233,3 +233,6 @@ class _EventFile:
             "expiration_time": None if request is None else request.expiration_time,
             "signal": None if request is None else request.signal,
         }
+        if name == "timer expired" and request is not None:
+            record["evidence"] = _evidence.latest(self._run_id, request.worker_pid)
+        return record

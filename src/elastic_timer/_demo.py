@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import logging
 import os
 import selectors
 import signal
@@ -18,7 +19,7 @@ import time
 
 from typing_extensions import override
 
-from elastic_timer import FileTimerRequest, FileTimerServer, configure, expires
+from elastic_timer import FileTimerRequest, FileTimerServer, _evidence, configure, expires
 
 # Many times what the demo takes; a worker that is alive then was not reaped.
 _PATIENCE = 20.0
@@ -87,6 +88,8 @@ class _Worker:
 
 def demo() -> int:
     """Show it; 0 if exactly the two stuck workers were reaped, else 1."""
+    # What the library logs of a reap is shown here line by line, with the rest.
+    logging.getLogger("elastic_timer").setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory(prefix="elastic-timer-") as folder:
         stage = _Stage(os.path.join(folder, "timers"))
         try:
@@ -140,6 +143,10 @@ class _Stage:
             worker = self._worker(request)
             worker.reaped = worker.reaped or event == "kill worker process"
             self._tell(worker, f"server: {event}")
+            evidence = _evidence.latest("demo", request.worker_pid)
+            if event == "timer expired" and evidence is not None:
+                for line in _evidence.describe_stacks(evidence):
+                    self._tell(worker, f"  {line}")
 
     def _worker(self, request: FileTimerRequest) -> _Worker:
         with self._lock:

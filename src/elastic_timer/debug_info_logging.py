@@ -10,8 +10,6 @@ import logging
 import math
 from typing import TYPE_CHECKING
 
-from elastic_timer import _evidence
-
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -45,6 +43,9 @@ def log_debug_info_for_expired_timers(run_id: str, expired_timers: dict[int, lis
     """
     if not expired_timers:
         return
+    # Not before: in a worker, and until something expires, nobody needs it.
+    from elastic_timer import _evidence
+
     try:
         for evidence in _evidence.collect(run_id, expired_timers, _stacks_timeout):
             fields = {f"timer_{name}": value for name, value in evidence.items()}
