@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from elastic_timer import FileTimerServer, LocalTimerServer, _evidence, debug_info_logging
+from elastic_timer._process import refusal
 from elastic_timer.debug_info_logging import (
     add_debug_info_handler,
     log_debug_info_for_expired_timers,
@@ -330,6 +331,14 @@ def test_a_process_group_has_no_facts(
     record = log_one(caplog, -stuck("asleep").pid)
     assert record.timer_state is None
     assert record.timer_stacks_missing == "a process group, not a process"
+
+
+@pytest.mark.parametrize("pid", [os.getpid(), 1])
+def test_a_process_that_is_never_signalled_is_never_dumped(pid: int) -> None:
+    """Least of all the server's own: nobody could end a py-spy that has stopped it."""
+    reason = _evidence.take_stacks({pid: "S"}, 2.0)[pid]
+    assert isinstance(reason, str)
+    assert reason == refusal(pid)
 
 
 def test_nothing_is_logged_for_no_worker(caplog: pytest.LogCaptureFixture) -> None:

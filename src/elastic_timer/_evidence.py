@@ -13,6 +13,8 @@ import sys
 import time
 from typing import TYPE_CHECKING, TypedDict
 
+from elastic_timer._process import refusal
+
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Mapping
@@ -235,6 +237,10 @@ def _no_dump(pid: int, state: str | None, timeout: float) -> str | None:
     """Why a process is not to be dumped; ``None`` where it is."""
     if timeout <= 0:
         return "switched off"
+    # Above all not the server's own process: who would end a py-spy that has stopped it?
+    reason = refusal(pid)
+    if reason is not None:
+        return reason
     if pid < 0:
         return "a process group, not a process"
     # Not read off a missing state: that may as well be for want of descriptors.

@@ -36,7 +36,9 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
             raise KeyError(key) from None
 
     def __iter__(self) -> Iterator[tuple[_Worker, str]]:
-        return ((worker, scope) for worker, scopes in self._timers.items() for scope in scopes)
+        # Over copies, each made in one step: another thread may change the table meanwhile.
+        timers = list(self._timers.items())
+        return iter([(worker, scope) for worker, scopes in timers for scope in list(scopes)])
 
     def __len__(self) -> int:
         return self._size
