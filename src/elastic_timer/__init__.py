@@ -1,12 +1,12 @@
 """Deadlines that are kept, for worker processes that can hang.
 
-In the worker:
+In the worker::
 
     elastic_timer.configure(elastic_timer.FileTimerClient(path))
     with elastic_timer.expires(after=60):
         step()
 
-In another process of the host:
+In another process of the host::
 
     with elastic_timer.FileTimerServer(path, run_id="my-run"):
         run_and_restart_workers()
@@ -56,12 +56,15 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> object:
-    # The queue variant comes when it is asked for: with pickle and the like it makes the import
-    # a third longer, and a worker of the file variant needs none of it.
-    if name != "local_timer" and name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from importlib import import_module
+# Type checkers must not see it, or they would take any misspelt name for one that is there.
+if not TYPE_CHECKING:
 
-    module = import_module("elastic_timer.local_timer")
-    return module if name == "local_timer" else getattr(module, name)
+    def __getattr__(name: str) -> object:
+        # The queue variant comes when it is asked for: with pickle and the like it makes the
+        # import a third longer, and a worker of the file variant needs none of it.
+        if name != "local_timer" and name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        module = import_module("elastic_timer.local_timer")
+        return module if name == "local_timer" else getattr(module, name)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 logger = logging.getLogger(__name__)
 
 # How long the callbacks of one round may keep the watchdog from its work, all together.
-PATIENCE = 1.0
+ROUND_ALLOWANCE = 1.0
 
 
 def run_contained(callback: Callable[[], object]) -> None:
@@ -35,11 +35,11 @@ class Callbacks:
         self._pending: deque[tuple[Callable[[], object], threading.Event]] = deque()
         self._unfinished = 0
         self._has_thread = False
-        self._allowance = PATIENCE
+        self._allowance = ROUND_ALLOWANCE
 
     def begin_round(self) -> None:
         """Grant a new round its patience."""
-        self._allowance = PATIENCE
+        self._allowance = ROUND_ALLOWANCE
 
     def run(self, callback: Callable[[], object], patience: float | None = None) -> None:
         """Run a callback and wait for it.

@@ -26,7 +26,7 @@ _ENDED_BY_SIGNAL = 128
 # What `run` hands on to COMMAND.
 _FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 # Python ignores these in its own process; a program that it starts expects the system's default.
-_IGNORED_BY_PYTHON = ("SIGPIPE", "SIGXFZ", "SIGXFSZ")
+_IGNORED_BY_PYTHON = ("SIGPIPE", "SIGXFSZ")
 # Linux's si_code for a signal that the kernel sent by itself, as a terminal's Ctrl-C does.
 _SI_KERNEL = 0x80
 
@@ -117,16 +117,17 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _run(options: argparse.Namespace) -> int:
+    parser: argparse.ArgumentParser = options.parser
     if not options.command:
-        options.parser.error("what is to be run? Write it behind --")
+        parser.error("what is to be run? Write it behind --")
     if not hasattr(os, "posix_spawnp"):
-        options.parser.error("this needs FIFOs and signals, which this platform does not have")
+        parser.error("this needs FIFOs and signals, which this platform does not have")
     # Before anything exists that has to be removed again, and before any thread, which would
     # inherit the old mask: from here on no signal but SIGKILL ends this process.
     signals, mask_before = _block_signals()
     with contextlib.ExitStack() as cleanup:
         try:
-            timer_file = options.timer_file
+            timer_file: str | None = options.timer_file
             if timer_file is None:
                 folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="elastic-timer-"))
                 timer_file = os.path.join(folder, "timers")
@@ -139,7 +140,7 @@ def _run(options: argparse.Namespace) -> int:
             )
             cleanup.enter_context(server)
         except OSError as error:
-            options.parser.error(str(error))
+            parser.error(str(error))
         try:
             pid = _start(options.command, timer_file, mask_before)
         except OSError as error:

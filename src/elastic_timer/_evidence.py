@@ -1,4 +1,4 @@
-"""What an expired worker was doing: facts from ``/proc``, Python stacks from ``py-spy``.
+"""What an expired worker was doing: facts from `/proc`, Python stacks from `py-spy`.
 
 Nothing here needs the worker's cooperation, so it works on one that holds the GIL in C code or
 is stopped. Local variables and the environment are never read.
@@ -13,7 +13,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, TypedDict
 
-from elastic_timer._process import refusal
+from elastic_timer._process import refusal, stat_of
 
 if TYPE_CHECKING:
     import subprocess
@@ -62,7 +62,7 @@ class Frame(TypedDict):
 
 
 class ThreadStack(TypedDict):
-    """One thread of a worker; ``frames`` end with the innermost, as a traceback does."""
+    """One thread of a worker; `frames` end with the innermost, as a traceback does."""
 
     id: int
     name: str | None
@@ -72,7 +72,7 @@ class ThreadStack(TypedDict):
 
 
 class Facts(TypedDict):
-    """What ``/proc`` tells of a process; ``None`` where it does not."""
+    """What `/proc` tells of a process; `None` where it does not."""
 
     command: str | None
     state: str | None
@@ -94,6 +94,7 @@ class Evidence(Facts):
     stacks_missing: str | None
 
 
+# How evidence gets from the hook, whose signature is upstream's, to `run --events` and the demo.
 _latest: dict[str, dict[int, Evidence]] = {}
 
 
@@ -130,7 +131,7 @@ def collect(run_id: str, expired_timers: Mapping[int, list[str]], timeout: float
 
 
 def latest(run_id: str, pid: int) -> Evidence | None:
-    """The evidence on a worker if it was in its run's last round, else ``None``."""
+    """The evidence on a worker if it was in its run's last round, else `None`."""
     return _latest.get(run_id, {}).get(pid)
 
 
@@ -168,7 +169,7 @@ def describe_stacks(evidence: Evidence) -> list[str]:
 
 
 def read_facts(pid: int) -> Facts:
-    """What ``/proc`` tells of a process; all ``None`` where it is gone or there is no ``/proc``."""
+    """What `/proc` tells of a process; all `None` where it is gone or there is no `/proc`."""
     facts: Facts = {
         "command": None,
         "state": None,
@@ -178,11 +179,9 @@ def read_facts(pid: int) -> Facts:
         "resident_bytes": None,
         "age_seconds": None,
     }
-    stat = _read(pid, "stat")
-    if stat is None:
+    fields = stat_of(pid)
+    if not fields:
         return facts
-    # The name before it, in parentheses, may itself hold blanks and parentheses.
-    fields = stat[stat.rindex(")") + 2 :].split()
     started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
     facts["state"] = fields[0]
     facts["threads"] = int(fields[17])
@@ -201,7 +200,7 @@ def read_facts(pid: int) -> Facts:
 
 
 def find_py_spy() -> str | None:
-    """The ``py-spy`` installed beside this Python, else the one on ``PATH``, else ``None``."""
+    """The `py-spy` installed beside this Python, else the one on `PATH`, else `None`."""
     import shutil
 
     beside = os.path.dirname(sys.executable) if sys.executable else ""
@@ -211,7 +210,7 @@ def find_py_spy() -> str | None:
 def take_stacks(
     states: Mapping[int, str | None], timeout: float
 ) -> dict[int, list[ThreadStack] | str]:
-    """Dump the Python stacks of processes, in parallel, each in a ``py-spy`` of its own.
+    """Dump the Python stacks of processes, in parallel, each in a `py-spy` of its own.
 
     Args:
         states: Pid to the letter of its state as `read_facts` found it.
@@ -234,7 +233,7 @@ def take_stacks(
 
 
 def _no_dump(pid: int, state: str | None, timeout: float) -> str | None:
-    """Why a process is not to be dumped; ``None`` where it is."""
+    """Why a process is not to be dumped; `None` where it is."""
     if timeout <= 0:
         return "switched off"
     # Above all not the server's own process: who would end a py-spy that has stopped it?
@@ -318,7 +317,7 @@ def _dump(program: str, pid: int, state: str | None, deadline: float) -> list[Th
 
 
 def _kill(dump: subprocess.Popen[bytes]) -> None:
-    """End a ``py-spy`` and whatever it started, without waiting for long."""
+    """End a `py-spy` and whatever it started, without waiting for long."""
     import contextlib
     import signal
     import subprocess
@@ -336,7 +335,7 @@ def _kill(dump: subprocess.Popen[bytes]) -> None:
 
 
 def _threads(output: bytes, pid: int) -> list[ThreadStack]:
-    """Read what ``py-spy dump --json`` wrote. Raises ValueError, KeyError or TypeError."""
+    """Read what `py-spy dump --json` wrote. Raises ValueError, KeyError or TypeError."""
     threads = json.loads(output)
     threads.reverse()  # The oldest first, which is the main thread, except after some forks:
     threads.sort(key=lambda thread: thread["os_thread_id"] != pid)
@@ -357,7 +356,7 @@ def _threads(output: bytes, pid: int) -> list[ThreadStack]:
 
 
 def _reason(errors: str) -> str:
-    """One line from what a failed ``py-spy`` said, and what to do about it."""
+    """One line from what a failed `py-spy` said, and what to do about it."""
     lines = errors.partition("Stack backtrace:")[0].splitlines()
     told = _one_line(" ".join(line for line in lines if "sudo" not in line))
     told = told or "it gave neither stacks nor a reason"
@@ -402,7 +401,7 @@ def _facts_in_words(facts: Facts) -> list[str]:
 
 
 def _read(pid: int, name: str) -> str | None:
-    """A file of a process under ``/proc``; ``None`` if it is gone, forbidden or there is none."""
+    """A file of a process under `/proc`; `None` if it is gone, forbidden or there is none."""
     try:
         with open(f"/proc/{pid}/{name}", encoding="utf-8", errors="replace") as file:
             return file.read(4096)

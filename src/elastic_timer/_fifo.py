@@ -7,18 +7,9 @@ import errno
 import os
 import stat
 
-# What Linux lets everybody have unless the administrator says otherwise (pipe(7)). A burst of
-# some 8,000 requests fits in it.
-_CAPACITY = 1 << 20
+from elastic_timer._pipe import CAPACITY, enlarge
+
 _READ_SIZE = 1 << 16
-
-
-def enlarge_pipe(fd: int) -> None:
-    """Give a pipe room for a burst, where the system allows it (F_SETPIPE_SZ, Linux)."""
-    with contextlib.suppress(ImportError, AttributeError, OSError):
-        import fcntl  # Not on Windows.
-
-        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _CAPACITY)
 
 
 def read_available(fd: int) -> bytes:
@@ -28,7 +19,7 @@ def read_available(fd: int) -> bytes:
     """
     data = bytearray()
     with contextlib.suppress(BlockingIOError):
-        while len(data) < _CAPACITY and (chunk := os.read(fd, _READ_SIZE)):
+        while len(data) < CAPACITY and (chunk := os.read(fd, _READ_SIZE)):
             data += chunk
     return bytes(data)
 
@@ -94,7 +85,7 @@ class Fifo:
             raise
         self.close()
         self._reader, self._writer = reader, writer
-        enlarge_pipe(reader)
+        enlarge(reader)
         return reader
 
     def fileno(self) -> int:

@@ -28,6 +28,8 @@ def refusal(pid: int) -> str | None:
         return "pid 1 is the init process"
     if pid == os.getpid():
         return "it is the server's own process"
+    if os.path.exists(f"/proc/self/task/{pid}"):
+        return "it is a thread of the server's own process"
     if pid == -os.getpgrp():
         return "it is the server's own process group"
     return None
@@ -136,7 +138,7 @@ def _warn_once(message: str) -> None:
 
 
 def _number_runs(pid: int) -> bool:
-    stat = _stat_of(pid)
+    stat = stat_of(pid)
     if stat:
         return stat[0] not in ("Z", "X")
     try:
@@ -150,13 +152,13 @@ def _number_runs(pid: int) -> bool:
 
 def _start_of(pid: int) -> int | None:
     """When the process started, in clock ticks since boot; None where that can't be known."""
-    stat = _stat_of(pid)
+    stat = stat_of(pid)
     if stat is None:
         return None
     return int(stat[19]) if stat else _NO_PROCESS
 
 
-def _stat_of(pid: int) -> list[str] | None:
+def stat_of(pid: int) -> list[str] | None:
     """The fields of /proc/PID/stat from the state on (proc(5)).
 
     Empty where there is no such process, None where that can't be known.
@@ -173,5 +175,5 @@ def _stat_of(pid: int) -> list[str] | None:
 
 def state_of(pid: int) -> str:
     """The letter the kernel has for a process's state (proc(5)); "unknown" where it has none."""
-    stat = _stat_of(pid)
+    stat = stat_of(pid)
     return stat[0] if stat else "unknown"

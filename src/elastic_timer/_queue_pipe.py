@@ -19,20 +19,12 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Protocol
 
-from elastic_timer._fifo import enlarge_pipe
-from elastic_timer._wire import PIPE_BUF
+from elastic_timer._pipe import CAPACITY, UNREACHABLE_AFTER, check_size, enlarge, has_room
 
 if TYPE_CHECKING:
     from typing import TypeGuard
 
 logger = logging.getLogger(__name__)
-
-# How long a send waits for a server that does not read, in seconds.
-_PATIENCE = 1.0
-
-# All that the pipe holds, in one read: a server that is killed between two of them would leave half
-# a frame, and the next one would take what follows for its other half.
-_READ_SIZE = 1 << 20
 
 _SHORT_LENGTH = struct.Struct("!i")
 _LONG_LENGTH = struct.Struct("!Q")
@@ -106,14 +98,10 @@ class PipeWriter:
             raise ValueError(f"queue {self._queue!r} is closed")
         pickled = pickle.dumps(request)
         frame = _SHORT_LENGTH.pack(len(pickled)) + pickled
-        if len(frame) > PIPE_BUF:
-            raise RuntimeError(
-                f"a timer request may take {PIPE_BUF} bytes, this one takes {len(frame)}: "
-                "give it a shorter scope"
-            )
-        give_up_at = time.monotonic() + _PATIENCE
+        check_size(frame)
+        give_up_at = time.monotonic() + UNREACHABLE_AFTER
         # Before the request is there, as `put` does: or its reader could be ahead of the count.
-        if not self._queue._sem.acquire(True, _PATIENCE):
+        if not self._queue._sem.acquire(True, UNREACHABLE_AFTER):
             raise _unread("the queue")
         try:
             self._write(frame, give_up_at)
@@ -126,11 +114,11 @@ class PipeWriter:
             fd, may_block = self._open()
             # Atomic up to PIPE_BUF (pipe(7)): no lock is needed between writers. Where the write
             # may block, it does so only if another writer takes the room that was just seen.
-            if not may_block or _has_room(fd, 0):
+            if not may_block or has_room(fd, 0):
                 with contextlib.suppress(BlockingIOError):
                     os.write(fd, frame)
                     return
-            if not _has_room(fd, give_up_at - time.monotonic()):
+            if not has_room(fd, give_up_at - time.monotonic()):
                 raise _unread("the pipe of the queue")
 
     def _open(self) -> tuple[int, bool]:
@@ -146,12 +134,6 @@ class PipeWriter:
             # Not at exit: a daemon thread may still release its timers then.
             weakref.finalize(self, os.close, self._fd).atexit = False
         return self._fd, False
-
-
-def _has_room(fd: int, timeout: float) -> bool:
-    poll = select.poll()
-    poll.register(fd, select.POLLOUT)
-    return bool(poll.poll(max(0.0, timeout) * 1000))
 
 
 def _unread(what: str) -> BrokenPipeError:
@@ -182,7 +164,7 @@ class PipeReader:
             # At exit that would come before the server is stopped, and pull it from under it.
             self._finalizer.atexit = False
             self._poll.register(fd, select.POLLIN)
-            enlarge_pipe(fd)
+            enlarge(fd)
         return self._fd
 
     def close(self) -> None:
@@ -202,10 +184,12 @@ class PipeReader:
         fd = self.fileno()
         # Asked first, as the description is shared and has to stay blocking.
         if self._poll.poll(0):
-            self._buffer += os.read(fd, _READ_SIZE)
+            # All that the pipe holds, in one read: a server that is killed between two of them
+            # would leave half a frame, and the next would take what follows for its other half.
+            self._buffer += os.read(fd, CAPACITY)
 
-    def take(self, limit: float = float("inf")) -> list[bytes]:
-        """Take out the pickles that were read whole, `limit` at most."""
+    def take(self, limit: int) -> list[bytes]:
+        """Take out pickles that were read whole, `limit` at most."""
         taken: list[bytes] = []
         end = 0
         while len(taken) < limit:

@@ -40,30 +40,33 @@ _UNKILLABLE_AFTER = 5.0
 class Server(Protocol[_Request]):
     """What the rounds ask of a timer server."""
 
-    def register_timers(self, timer_requests: list[_Request]) -> None:
+    def register_timers(self, timer_requests: list[_Request], /) -> None:
         """Acquire and release timers."""
 
-    def get_expired_timers(self, deadline: float) -> dict[int, list[_Request]]:
+    def get_expired_timers(self, deadline: float, /) -> dict[int, list[_Request]]:
         """The timers expired at an epoch time, by worker."""
+        ...
 
-    def clear_timers(self, worker_ids: set[int]) -> None:
+    def clear_timers(self, workers: set[int], /) -> None:
         """Drop all timers of these workers."""
 
     def _drain_requests(self) -> list[_Request]:
         """The requests that have arrived; never waits."""
+        ...
 
     def _report_expired(self, expired_timers: dict[int, list[_Request]]) -> None:
         """Say which timers have expired, before any worker is signalled. Called in every round."""
 
-    def _expire(self, timers: list[_Request], is_retry: bool) -> tuple[_Request, int] | None:
-        """Take note of a worker's expired timers, oldest first.
+    def _fatal_timer(self, timers: list[_Request], is_retry: bool) -> tuple[_Request, int] | None:
+        """Which of a worker's expired timers, oldest first, it is signalled for; and the signal.
 
-        Returns the timer that the worker is to be reaped for, and the signal; None where no timer
-        asks for that. A retry has been noted before.
+        None where none asks for that. The events of the timers go out, unless it is a retry.
         """
+        ...
 
     def _signal_worker(self, pid: int, signal: int) -> bool:
         """Signal a worker; False if that failed and is to be tried again."""
+        ...
 
     def _confirm_reaped(self, timer: _Request) -> None:
         """The worker was signalled for this timer."""
@@ -99,7 +102,8 @@ class Rounds(Generic[_Request]):
         # held waits for its retry, and must not keep the watchdog awake.
         self._looked_until = 0.0
         self._retry_at: dict[int, float] = {}
-        self._outlived: dict[int, tuple[int, float]] = {}
+        # Signalled, and not gone yet: the signal, and until when they are given time.
+        self._signalled: dict[int, tuple[int, float]] = {}
 
     def wait(self, timeout: float) -> bool:
         """Wait until there is something to do; requests that arrive are left to gather a moment.
@@ -153,11 +157,12 @@ class Rounds(Generic[_Request]):
         if self._workers.is_gone(pid):
             return True
         timers = sorted(timers, key=lambda timer: timer.expiration_time)
-        fatal = self._server._expire(timers, is_retry=pid in self._retry_at)
+        fatal = self._server._fatal_timer(timers, is_retry=pid in self._retry_at)
         if fatal is None:
             logger.info("Worker %s is not signalled: its expired timers only report", pid)
             return True
         timer, signal = fatal
+        # Asked here too, as to try again would help nobody.
         reason = refusal(pid)
         if reason is not None:
             logger.warning("Worker %s has overrun its deadline, and is left alone: %s", pid, reason)
@@ -190,20 +195,21 @@ class Rounds(Generic[_Request]):
         now = time.monotonic()
         if signal == signals.SIGKILL:
             self._workers.mark_killed(pid)
-            self._outlived[pid] = signal, now + _UNKILLABLE_AFTER
+            self._signalled[pid] = signal, now + _UNKILLABLE_AFTER
         elif self._kill_after is not None:
-            self._outlived[pid] = signal, now + self._kill_after
+            # Signalled again, they get no more time than at first.
+            self._signalled.setdefault(pid, (signal, now + self._kill_after))
 
     def _follow_up(self) -> None:
         """See to the workers that were signalled and are still there."""
         now = time.monotonic()
-        for pid, (signal, until) in list(self._outlived.items()):
+        for pid, (signal, until) in list(self._signalled.items()):
             if not self._workers.is_held(pid):
-                del self._outlived[pid]
+                del self._signalled[pid]
             elif until > now:
                 continue
             elif signal == signals.SIGKILL:
-                del self._outlived[pid]
+                del self._signalled[pid]
                 logger.error(
                     "Worker %s is still there %.0f s after SIGKILL, in state %s; it hangs in the "
                     "kernel, which alone can end it",
@@ -215,15 +221,15 @@ class Rounds(Generic[_Request]):
                 logger.warning("Worker %s outlived signal %s; sent SIGKILL", pid, signal)
                 self._note_signal(pid, signals.SIGKILL)
             else:
-                self._outlived[pid] = signal, now + _RETRY
+                self._signalled[pid] = signal, now + _RETRY
 
     def _next_due(self) -> float:
         """The monotonic time at which something has to be done; infinite where nothing has."""
         due = list(self._retry_at.values())
-        due += [at for _, at in self._outlived.values()]
+        due += [at for _, at in self._signalled.values()]
         deadline = self._workers.next_deadline(after=self._looked_until)
         if deadline is not None:
             due.append(deadline)
-        if self._workers.must_be_asked():
+        if self._workers.has_unwatched():
             due.append(time.monotonic() + _RETRY)
         return min(due, default=float("inf"))

@@ -9,9 +9,13 @@ import os
 import selectors
 import threading
 import weakref
+from collections.abc import Callable
 from typing import Protocol
 
 logger = logging.getLogger(__name__)
+
+# The pause after a round that raised: an error that comes back at once must not burn a core.
+_ERROR_PAUSE = 0.1
 
 # How long stop() waits for a watchdog that is busy, most likely in somebody's callback.
 _STOP_PATIENCE = 10.0
@@ -97,6 +101,15 @@ class Watchdog:
         with self._lock:
             self._thread_releases = not self._loop_has_ended
         return self._loop_has_ended
+
+    def run_round(self, one_round: Callable[[], object]) -> None:
+        """Run a round of the loop; an error in it is logged, and ends nothing but the round."""
+        try:
+            one_round()
+        # Also SystemExit: it would end the watch without a word.
+        except BaseException:
+            logger.exception("Error in a round of the watchdog; it goes on")
+            self.pause(_ERROR_PAUSE)
 
     def request_stop(self) -> None:
         """End a pause and a wait that is under way, and all later ones at once."""

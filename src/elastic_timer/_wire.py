@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import functools
 import json
-import select
 import signal as signals
 import sys
 from json.encoder import encode_basestring_ascii
 from math import isfinite
 from typing import TYPE_CHECKING, NamedTuple
 
+from elastic_timer._pipe import PIPE_BUF
+
 if TYPE_CHECKING:
     from typing import TypeGuard
-
-# POSIX lets every writer rely on 512 bytes; Windows has no FIFO and no such constant.
-PIPE_BUF: int = getattr(select, "PIPE_BUF", 512)
 
 _LARGEST_PID = 2**31 - 1  # pid_t is a signed 32-bit integer wherever Python runs.
 # What json.loads does, without the searches for white space around it: a third of the time.
@@ -49,7 +47,10 @@ def encode(version: int, pid: int, scope_id: str, expiration_time: float, signal
     if not isfinite(expiration_time):
         raise ValueError(f"a timer needs a finite expiration time, not {expiration_time}")
     # A subclass such as numpy.float64 or an enum has a repr of its own, which is no JSON.
-    number = (float if isinstance(expiration_time, float) else int).__repr__(expiration_time)
+    if isinstance(expiration_time, float):
+        number = float.__repr__(expiration_time)
+    else:
+        number = int.__repr__(expiration_time)
     return (
         f'{{"version": {version}, "pid": {pid}, "scope_id": {encode_basestring_ascii(scope_id)}, '
         f'"expiration_time": {number}, "signal": {int(signal)}}}'

@@ -46,7 +46,7 @@ class _EpochClock:
 
 class _Worker:
     def __init__(self, process: ProcessHandle | None) -> None:
-        # None: gone before it could be held, while is_process_running() says that it runs.
+        # None: gone before it could be held, though `is_said_to_run` insists that it runs.
         self.process = process
         self.watched_fd: int | None = None
         self.was_killed = False
@@ -57,13 +57,13 @@ class WorkerTimers(Generic[_Request]):
 
     Args:
         watchdog: Where the exits of the workers are waited for.
-        is_running: The last word on whether a worker that seems to be gone is.
+        is_said_to_run: The last word on whether a worker that seems to be gone is.
     """
 
-    def __init__(self, watchdog: Watchdog, is_running: Callable[[int], bool]) -> None:
+    def __init__(self, watchdog: Watchdog, is_said_to_run: Callable[[int], bool]) -> None:
         self.table: TimerTable[int, _Request] = TimerTable()
         self._watchdog = watchdog
-        self._is_running = is_running
+        self._is_said_to_run = is_said_to_run
         self._workers: dict[int, _Worker] = {}
         # Processes whose exit no descriptor tells of, and which have to be asked.
         self._unwatched: set[int] = set()
@@ -141,7 +141,7 @@ class WorkerTimers(Generic[_Request]):
         with self._lock:
             return pid in self._workers and self._has_exited(pid)
 
-    def must_be_asked(self) -> bool:
+    def has_unwatched(self) -> bool:
         """Whether there are workers whose exit only asking reveals."""
         return bool(self._unwatched)
 
@@ -216,9 +216,10 @@ class WorkerTimers(Generic[_Request]):
         process = self._workers[pid].process
         if process is not None and not process.has_exited():
             return False
-        if not self._is_running(pid):
+        if not self._is_said_to_run(pid):
             return True
-        # Something of that number is said to run. Where that is so, it is not our worker.
+        # Somebody insists that it runs. Where a process of that number really does, the number
+        # was given away, and ours is gone all the more.
         return process is not None and is_running(pid)
 
     def _forget(self, pid: int) -> None:

@@ -30,10 +30,7 @@ __all__ = [
     "expires",
 ]
 
-logger = logging.getLogger(__name__)
-
-# The pause after a round that raised: an error that comes back at once must not burn a core.
-_ERROR_PAUSE = 0.1
+logger: logging.Logger = logging.getLogger(__name__)
 
 
 class TimerRequest:
@@ -44,9 +41,15 @@ class TimerRequest:
             of this package it is the process id.
         scope_id: What the timer is for. A worker has one timer for each scope.
         expiration_time: When it expires, in epoch seconds. Negative means release.
+
+    .. versionadded:: 0.1.0
     """
 
     __slots__ = ["expiration_time", "scope_id", "worker_id"]
+
+    worker_id: Any
+    scope_id: str
+    expiration_time: float
 
     def __init__(self, worker_id: Any, scope_id: str, expiration_time: float) -> None:
         self.worker_id = worker_id
@@ -69,7 +72,10 @@ class TimerRequest:
 
 
 class TimerClient(abc.ABC):
-    """A worker's side: asks a `TimerServer` for timers."""
+    """A worker's side: asks a `TimerServer` for timers.
+
+    .. versionadded:: 0.1.0
+    """
 
     @abc.abstractmethod
     def acquire(self, scope_id: str, expiration_time: float) -> None:
@@ -82,11 +88,18 @@ class TimerClient(abc.ABC):
 
     @abc.abstractmethod
     def release(self, scope_id: str) -> None:
-        """Give the timer of a scope back; it will not expire any more."""
+        """Give the timer of a scope back; it will not expire any more.
+
+        Args:
+            scope_id: What the timer was acquired for.
+        """
 
 
 class RequestQueue(abc.ABC):
-    """The requests on their way from the clients to a server."""
+    """The requests on their way from the clients to a server.
+
+    .. versionadded:: 0.1.0
+    """
 
     @abc.abstractmethod
     def size(self) -> int:
@@ -110,10 +123,15 @@ class TimerServer(abc.ABC):
 
     `with server:` starts it and stops it.
 
+    Not guaranteed: that a worker is reaped the moment its timer expires. It is looked at after
+    `request_queue.get`, so up to `max_interval` late.
+
     Args:
         request_queue: Where the requests come from.
         max_interval: How long one wait for requests may take, in seconds.
         daemon: Whether the interpreter may exit while the watchdog runs.
+
+    .. versionadded:: 0.1.0
     """
 
     def __init__(
@@ -138,15 +156,27 @@ class TimerServer(abc.ABC):
 
     @abc.abstractmethod
     def register_timers(self, timer_requests: list[TimerRequest]) -> None:
-        """Acquire and release timers as the requests ask; a negative expiration time releases."""
+        """Acquire and release timers as asked.
+
+        Args:
+            timer_requests: In the order of their arrival. A negative expiration time releases.
+        """
 
     @abc.abstractmethod
     def clear_timers(self, worker_ids: set[Any]) -> None:
-        """Drop all timers of these workers."""
+        """Drop all timers of some workers.
+
+        Args:
+            worker_ids: The workers.
+        """
 
     @abc.abstractmethod
     def get_expired_timers(self, deadline: float) -> dict[Any, list[TimerRequest]]:
-        """The timers whose expiration time is `deadline` (epoch seconds) or before, by worker."""
+        """The timers that have expired, by worker.
+
+        Args:
+            deadline: In epoch seconds. What expires then or before has expired.
+        """
 
     @abc.abstractmethod
     def _reap_worker(self, worker_id: Any) -> bool:
@@ -167,12 +197,7 @@ class TimerServer(abc.ABC):
     def _watchdog_loop(self) -> None:
         """Run rounds until the server is stopped; an error in one of them ends nothing."""
         while not self._stop_signaled:
-            try:
-                self._run_watchdog()
-            # Also SystemExit: it would end the watch without a word.
-            except BaseException:
-                logger.exception("Error in a round of the watchdog; it goes on")
-                self._watchdog.pause(min(self._max_interval, _ERROR_PAUSE))
+            self._watchdog.run_round(self._run_watchdog)
 
     def _run_watchdog(self) -> None:
         """Run one round: wait for requests, register them, reap the workers that overran."""
@@ -221,7 +246,7 @@ class TimerServer(abc.ABC):
         self._watchdog.request_stop()
         if self._watchdog.end():
             self._release_resources()
-        logger.info("Stopped %s", type(self).__name__)
+        logger.info("%s is stopped", type(self).__name__)
 
     def _release_resources(self) -> None:
         self._watchdog.close()
@@ -248,6 +273,8 @@ def configure(timer_client: TimerClient | _Unset | None = _UNSET) -> None:
 
     Raises:
         RuntimeError: Called without the argument, and the variable is not set.
+
+    .. versionadded:: 0.1.0
     """
     global _timer_client
     if isinstance(timer_client, _Unset):
@@ -268,6 +295,8 @@ def configure(timer_client: TimerClient | _Unset | None = _UNSET) -> None:
 
 class expires:  # Upstream's name: it reads as a verb in `with expires(after=60):`.
     """Sets a deadline for a block: a worker that is still in it when the time is up is reaped.
+
+    It goes around the block::
 
         with expires(after=60):
             step()
@@ -297,6 +326,8 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
         BrokenPipeError: On entry or exit: the server can't be reached, as far as the client of
             this package can tell. An exception of the block itself is never replaced by it: then
             the failed release is logged.
+
+    .. versionadded:: 0.1.0
     """
 
     __slots__ = ("_after", "_client", "_held", "_is_named", "_scope")
@@ -369,6 +400,9 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
 
     def __call__(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
         """Decorate a function or a coroutine function: each of its calls has the deadline.
+
+        Args:
+            function: What to decorate.
 
         Raises:
             TypeError: It is a generator function; its body runs when its caller pleases.

@@ -1,7 +1,7 @@
 """What is logged about workers whose timers expired, before any of them is signalled.
 
-One WARNING per worker, with facts and Python stacks in its text and in its ``extra`` fields;
-``docs/evidence.md`` says how to read it.
+One WARNING per worker, with facts and Python stacks in its text and in its `extra` fields;
+docs/evidence.md says how to read it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = [
     "stacks_timeout",
 ]
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # Changed without a lock: one held by another thread during a fork would stay held in the child.
 _handlers: list[_Handler] = []
@@ -40,6 +40,8 @@ def log_debug_info_for_expired_timers(run_id: str, expired_timers: dict[int, lis
     Args:
         run_id: The run id of the server.
         expired_timers: Pid of each worker to its expired timers, each as JSON.
+
+    .. versionadded:: 0.1.0
     """
     if not expired_timers:
         return
@@ -69,13 +71,21 @@ def add_debug_info_handler(handler: _Handler) -> None:
         handler: Called with the run id and the mapping of pid to the JSON of each expired timer.
             What it returns is ignored; an error it raises is logged. Added twice, it is called
             once.
+
+    .. versionadded:: 0.1.0
     """
     if handler not in _handlers:
         _handlers.append(handler)
 
 
 def remove_debug_info_handler(handler: _Handler) -> None:
-    """Undo `add_debug_info_handler`; without effect for a handler that is not there."""
+    """Undo `add_debug_info_handler`; without effect for a handler that is not there.
+
+    Args:
+        handler: What was added.
+
+    .. versionadded:: 0.1.0
+    """
     if handler in _handlers:
         _handlers.remove(handler)
 
@@ -84,10 +94,13 @@ def set_stacks_timeout(seconds: float) -> None:
     """Bound the time that taking Python stacks may add to a reap, for this process's servers.
 
     Args:
-        seconds: For the stacks of all workers that expire together; 2.0 at first, 0 takes none.
+        seconds: How many seconds the stacks of all workers that expire together may take; 2.0 at
+            first. 0 takes none.
 
     Raises:
         ValueError: It is negative, infinite or not a number.
+
+    .. versionadded:: 0.1.0
     """
     global _stacks_timeout
     if not (math.isfinite(seconds) and seconds >= 0):
@@ -96,5 +109,8 @@ def set_stacks_timeout(seconds: float) -> None:
 
 
 def stacks_timeout() -> float:
-    """The bound set with `set_stacks_timeout`, in seconds."""
+    """The bound set with `set_stacks_timeout`, in seconds.
+
+    .. versionadded:: 0.1.0
+    """
     return _stacks_timeout

@@ -6,7 +6,6 @@ import errno
 import functools
 import logging
 import os
-import select
 import signal as signals
 import stat
 import sys
@@ -14,11 +13,12 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from elastic_timer._callbacks import PATIENCE, Callbacks, run_contained
+from elastic_timer._callbacks import ROUND_ALLOWANCE, Callbacks, run_contained
 from elastic_timer._fifo import Fifo, read_available
+from elastic_timer._pipe import UNREACHABLE_AFTER, check_size, has_room
 from elastic_timer._process import is_running
 from elastic_timer._rounds import REQUESTS, Rounds
-from elastic_timer._wire import PIPE_BUF, LineBuffer, decode, encode, encode_release
+from elastic_timer._wire import LineBuffer, decode, encode, encode_release
 from elastic_timer._worker_timers import WorkerTimers
 from elastic_timer.api import TimerClient, TimerRequest
 from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
@@ -32,11 +32,10 @@ _R = TypeVar("_R")
 
 __all__ = ["FileTimerClient", "FileTimerRequest", "FileTimerServer"]
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
-# A client whose server can't be reached gives up after so many tries, so many seconds apart.
+# A client whose server can't be reached tries so often.
 _TRIES = 10
-_TRY_INTERVAL = 0.1
 
 if sys.platform == "win32":
     _DEFAULT_SIGNAL = signals.CTRL_C_EVENT
@@ -88,9 +87,14 @@ class FileTimerRequest(TimerRequest):
         expiration_time: When it expires, in epoch seconds. Negative means release.
         signal: What to send the worker when it expires. Zero or less means to report the timer
             and to leave the worker alone.
+
+    .. versionadded:: 0.1.0
     """
 
     __slots__ = ["signal", "version"]
+
+    signal: int
+    version: int
 
     def __init__(
         self, worker_pid: int, scope_id: str, expiration_time: float, signal: int = 0
@@ -143,6 +147,8 @@ class FileTimerClient(TimerClient):
 
     Raises:
         ValueError: There is no signal of that number.
+
+    .. versionadded:: 0.1.0
     """
 
     def __init__(
@@ -158,7 +164,7 @@ class FileTimerClient(TimerClient):
         self._is_fifo = False
         self.signal = signal
 
-    @_retry(max_retries=_TRIES, sleep_time=_TRY_INTERVAL)
+    @_retry(max_retries=_TRIES, sleep_time=UNREACHABLE_AFTER / _TRIES)
     def _open_non_blocking(self) -> int:
         # Where no server reads, it fails at once with ENXIO instead of waiting for one.
         fd = os.open(self._path, _OPEN_FLAGS)
@@ -176,11 +182,7 @@ class FileTimerClient(TimerClient):
             )
         else:
             line = f"{request.to_json()}\n".encode()
-        if len(line) > PIPE_BUF:
-            raise RuntimeError(
-                f"a timer request may take {PIPE_BUF} bytes, this one takes {len(line)}: "
-                "give it a shorter scope"
-            )
+        check_size(line)
         try:
             # One try without ado: this is the path of every block of every worker.
             fd = os.open(self._path, _OPEN_FLAGS)
@@ -196,16 +198,14 @@ class FileTimerClient(TimerClient):
 
     def _send_patiently(self, line: bytes) -> None:
         """Send to a server that is not there, or that is behind with reading."""
-        give_up_at = time.monotonic() + _TRIES * _TRY_INTERVAL
+        give_up_at = time.monotonic() + UNREACHABLE_AFTER
         while True:
             try:
                 fd = self._open_non_blocking()
             except OSError as error:
                 raise self._unreachable(error) from error
             try:
-                poll = select.poll()
-                poll.register(fd, select.POLLOUT)
-                poll.poll(max(0, give_up_at - time.monotonic()) * 1000)
+                has_room(fd, give_up_at - time.monotonic())
                 os.write(fd, line)
                 return
             except OSError as error:
@@ -259,6 +259,10 @@ class FileTimerServer:
     Start one on each host; its workers can be any processes of that host, children or not. `with
     server:` starts it and stops it. A forked child inherits nothing of it.
 
+    Not guaranteed: the end of a process that hangs in the kernel, where even SIGKILL waits. Where
+    the system has no pidfds (they are Linux's), that no other process is signalled which was given
+    the pid of a worker that ended.
+
     Args:
         file_path: Where to make the FIFO, readable and writable for this user alone. A FIFO that
             lies there is replaced.
@@ -279,6 +283,8 @@ class FileTimerServer:
         FileNotFoundError: The folder of `file_path` does not exist.
         NotImplementedError: The platform has no FIFOs.
         ValueError: `max_interval` or `kill_after` is not a positive number.
+
+    .. versionadded:: 0.1.0
     """
 
     def __init__(
@@ -321,7 +327,9 @@ class FileTimerServer:
 
         self._watchdog = Watchdog(self, daemon)
         self._workers: WorkerTimers[FileTimerRequest] = WorkerTimers(
-            self._watchdog, lambda pid: self.is_process_running(pid)
+            self._watchdog,
+            # Looked up at each call: users replace it, on the class too.
+            lambda pid: self.is_process_running(pid),
         )
         self._timers = self._workers.table
         self._rounds: Rounds[FileTimerRequest] = Rounds(
@@ -385,7 +393,10 @@ class FileTimerServer:
     def is_process_running(pid: int) -> bool:
         """Whether a process runs; one that has ended but was not waited for does not.
 
-        A process group (negative) is taken to run, as only a signal tells whether it has members.
+        A process group is taken to run, as only a signal tells whether it has members.
+
+        Args:
+            pid: The process; negative means the process group of that number.
         """
         return is_running(pid)
 
@@ -394,13 +405,21 @@ class FileTimerServer:
         return self._last_progress_time if self._is_client_started else int(time.time())
 
     def register_timers(self, timer_requests: list[FileTimerRequest]) -> None:
-        """Acquire and release timers; requests of workers that are gone are dropped."""
+        """Acquire and release timers; requests of workers that are gone are dropped.
+
+        Args:
+            timer_requests: In the order of their arrival. A negative expiration time releases.
+        """
         self._request_count += len(timer_requests)
         self._workers.register(timer_requests)
         self._watchdog.wake_from_outside()
 
     def clear_timers(self, worker_pids: set[int]) -> None:
-        """Drop all timers of these workers, and of those that are gone."""
+        """Drop all timers of some workers, and of those that are gone.
+
+        Args:
+            worker_pids: The workers.
+        """
         gone = [pid for pid in self._timers.workers() if not self.is_process_running(pid)]
         self._workers.clear([*worker_pids, *gone])
 
@@ -417,15 +436,13 @@ class FileTimerServer:
         """Run rounds until the server is stopped; an error in one of them ends nothing."""
         while not self._stop_signaled:
             is_last = self._run_once
-            try:
-                self._run_watchdog(self._fifo.fileno())
-                self._last_progress_time = int(time.time())
-            # Also SystemExit: it would end the watch without a word.
-            except BaseException:
-                logger.exception("Error in a round of the watchdog; it goes on")
-                self._watchdog.pause(min(self._max_interval, _TRY_INTERVAL))
+            self._watchdog.run_round(self._run_next_round)
             if is_last:
                 break
+
+    def _run_next_round(self) -> None:
+        self._run_watchdog(self._fifo.fileno())
+        self._last_progress_time = int(time.time())
 
     def _run_watchdog(self, fd: int) -> None:
         """Run one round: wait for requests, register them, reap the workers that overran.
@@ -517,11 +534,11 @@ class FileTimerServer:
             {pid: [timer.to_json() for timer in timers] for pid, timers in expired_timers.items()},
         )
         if expired_timers:
-            self._reports.run(report, stacks_timeout() + PATIENCE)
+            self._reports.run(report, stacks_timeout() + ROUND_ALLOWANCE)
         else:
             run_contained(report)
 
-    def _expire(
+    def _fatal_timer(
         self, timers: list[FileTimerRequest], is_retry: bool
     ) -> tuple[FileTimerRequest, int] | None:
         for timer in timers:

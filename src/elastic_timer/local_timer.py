@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from elastic_timer import _wire
-from elastic_timer._callbacks import PATIENCE, Callbacks
+from elastic_timer._callbacks import ROUND_ALLOWANCE, Callbacks
 from elastic_timer._process import is_running
 from elastic_timer._queue_pipe import (
     PipeReader,
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalTimerClient", "LocalTimerServer", "MultiprocessingRequestQueue"]
 
-logger = logging.getLogger(__name__)
+logger: logging.Logger = logging.getLogger(__name__)
 
 # A queue without a pipe of its own can't be waited for together with other things. It is asked at
 # this interval, in seconds, so that a stop and the exits of workers are noticed between.
@@ -63,6 +63,8 @@ class LocalTimerClient(TimerClient):
 
     Args:
         mp_queue: The queue.
+
+    .. versionadded:: 0.1.0
     """
 
     def __init__(self, mp_queue: Queue[Any] | _HasPut) -> None:
@@ -99,6 +101,8 @@ class MultiprocessingRequestQueue(RequestQueue):
 
     Args:
         mp_queue: The queue.
+
+    .. versionadded:: 0.1.0
     """
 
     def __init__(self, mp_queue: Queue[Any]) -> None:
@@ -133,19 +137,19 @@ class MultiprocessingRequestQueue(RequestQueue):
             requests += taken
         return requests
 
-    def drain(self) -> list[TimerRequest]:
+    def _drain(self) -> list[TimerRequest]:
         """Take out the requests that have arrived; never waits."""
         return self.get(_DRAIN_LIMIT, 0)
 
-    def fileno(self) -> int | None:
+    def _fileno(self) -> int | None:
         """The descriptor that becomes readable when there are requests; None where there is none.
 
-        It is open until `close`.
+        It is open until `_close`.
         """
         return None if self._pipe is None else self._pipe.fileno()
 
-    def close(self) -> None:
-        """Close what `fileno` opened; the queue itself stays open."""
+    def _close(self) -> None:
+        """Close what `_fileno` opened; the queue itself stays open."""
         if self._pipe is not None:
             self._pipe.close()
 
@@ -188,6 +192,10 @@ class LocalTimerServer(TimerServer):
     The queue has to be made before the workers, and handed to them. `with server:` starts the
     server and stops it. A forked child inherits nothing of it.
 
+    Not guaranteed: the end of a process that hangs in the kernel, where even SIGKILL waits. Where
+    the system has no pidfds (they are Linux's), that no other process is signalled which was given
+    the pid of a worker that ended.
+
     Args:
         mp_queue: The queue. The server has to be its only reader.
         max_interval: The longest time between two rounds of the watchdog, in seconds. Deadlines
@@ -196,13 +204,16 @@ class LocalTimerServer(TimerServer):
 
     Raises:
         ValueError: `max_interval` is not a positive number.
+
+    .. versionadded:: 0.1.0
     """
+
+    _request_queue: MultiprocessingRequestQueue
 
     def __init__(self, mp_queue: Queue[Any], max_interval: float = 60, daemon: bool = True) -> None:
         if not max_interval > 0:
             raise ValueError(f"max_interval must be a positive number of seconds: {max_interval}")
-        self._mp_requests = MultiprocessingRequestQueue(mp_queue)
-        super().__init__(self._mp_requests, max_interval, daemon)
+        super().__init__(MultiprocessingRequestQueue(mp_queue), max_interval, daemon)
         self._reports = Callbacks()
         self._workers: WorkerTimers[TimerRequest] = WorkerTimers(self._watchdog, is_running)
         self._timers = self._workers.table
@@ -224,12 +235,20 @@ class LocalTimerServer(TimerServer):
             super().start()
 
     def register_timers(self, timer_requests: list[TimerRequest]) -> None:
-        """Acquire and release timers; requests of workers that are gone are dropped."""
+        """Acquire and release timers; requests of workers that are gone are dropped.
+
+        Args:
+            timer_requests: In the order of their arrival. A negative expiration time releases.
+        """
         self._workers.register(timer_requests)
         self._watchdog.wake_from_outside()
 
     def clear_timers(self, worker_ids: set[int]) -> None:
-        """Drop all timers of these workers."""
+        """Drop all timers of some workers.
+
+        Args:
+            worker_ids: The workers.
+        """
         self._workers.clear(worker_ids)
 
     def get_expired_timers(self, deadline: float) -> dict[Any, list[TimerRequest]]:
@@ -250,7 +269,7 @@ class LocalTimerServer(TimerServer):
         """Wait until there is something to do, `max_interval` seconds at most."""
         end = time.monotonic() + self._max_interval
         while not self._stop_signaled:
-            grace = _SENDER_PATIENCE if self._mp_requests.size() else 0
+            grace = _SENDER_PATIENCE if self._request_queue.size() else 0
             remaining = end + grace - time.monotonic()
             if remaining <= 0 or self._wait(remaining):
                 break
@@ -259,7 +278,7 @@ class LocalTimerServer(TimerServer):
     def _wait(self, timeout: float) -> bool:
         """Wait; whether there may be something to do."""
         if self._watched_fd is None:
-            fd = self._mp_requests.fileno()
+            fd = self._request_queue._fileno()
             if fd is None:
                 self._rounds.wait(min(timeout, _ASK_INTERVAL))
                 return True
@@ -277,7 +296,7 @@ class LocalTimerServer(TimerServer):
 
     def _drain_requests(self) -> list[TimerRequest]:
         requests = []
-        for request in self._mp_requests.drain():
+        for request in self._request_queue._drain():
             try:
                 _wire.check_timer(request.worker_id, request.scope_id, request.expiration_time)
             except (AttributeError, ValueError) as error:
@@ -297,9 +316,9 @@ class LocalTimerServer(TimerServer):
             for pid, timers in expired_timers.items()
         }
         report = functools.partial(log_debug_info_for_expired_timers, _RUN_ID, as_json)
-        self._reports.run(report, stacks_timeout() + PATIENCE)
+        self._reports.run(report, stacks_timeout() + ROUND_ALLOWANCE)
 
-    def _expire(self, timers: list[TimerRequest], is_retry: bool) -> tuple[TimerRequest, int]:
+    def _fatal_timer(self, timers: list[TimerRequest], is_retry: bool) -> tuple[TimerRequest, int]:
         return timers[0], signals.SIGKILL
 
     def _signal_worker(self, pid: int, signal: int) -> bool:
@@ -312,12 +331,12 @@ class LocalTimerServer(TimerServer):
         if self._watched_fd is not None:
             self._watchdog.unwatch(self._watched_fd)
             self._watched_fd = None
-        self._mp_requests.close()
+        self._request_queue._close()
         self._workers.close()
         super()._release_resources()
 
     def _forget_parent(self) -> None:
         self._reports = Callbacks()
         self._watched_fd = None
-        self._mp_requests.close()
+        self._request_queue._close()
         self._workers.forget_parent()
