@@ -6,17 +6,21 @@ is stopped. Local variables and the environment are never read.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import shutil
+import signal
+import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING, TypedDict
 
 from elastic_timer._process import refusal, stat_of
 
 if TYPE_CHECKING:
-    import subprocess
     from collections.abc import Mapping
 
 _PARALLEL_DUMPS = 8
@@ -201,8 +205,6 @@ def read_facts(pid: int) -> Facts:
 
 def find_py_spy() -> str | None:
     """The `py-spy` installed beside this Python, else the one on `PATH`, else `None`."""
-    import shutil
-
     beside = os.path.dirname(sys.executable) if sys.executable else ""
     return (beside and shutil.which("py-spy", path=beside)) or shutil.which("py-spy")
 
@@ -250,8 +252,6 @@ def _no_dump(pid: int, state: str | None, timeout: float) -> str | None:
 def _dump_all(
     program: str, states: Mapping[int, str | None], timeout: float
 ) -> dict[int, list[ThreadStack] | str]:
-    import threading
-
     deadline = time.monotonic() + timeout
     waiting = list(states)[::-1]
     taken: dict[int, list[ThreadStack] | str] = {}
@@ -282,8 +282,6 @@ def _dump_all(
 
 
 def _dump(program: str, pid: int, state: str | None, deadline: float) -> list[ThreadStack] | str:
-    import subprocess
-
     left = deadline - time.monotonic()
     if left <= 0:
         return "the time for stacks was used up by other workers"
@@ -318,10 +316,6 @@ def _dump(program: str, pid: int, state: str | None, deadline: float) -> list[Th
 
 def _kill(dump: subprocess.Popen[bytes]) -> None:
     """End a `py-spy` and whatever it started, without waiting for long."""
-    import contextlib
-    import signal
-    import subprocess
-
     with contextlib.suppress(OSError):
         if hasattr(os, "killpg"):
             os.killpg(dump.pid, signal.SIGKILL)

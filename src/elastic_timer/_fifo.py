@@ -39,7 +39,7 @@ class Fifo:
     def __init__(self, path: str) -> None:
         if not hasattr(os, "mkfifo"):
             raise NotImplementedError(
-                "this platform has no FIFOs: use LocalTimerServer, which works over a queue"
+                "this platform has no FIFOs; run the workers and their server on a POSIX system"
             )
         # Absolute, or a later chdir() would make us remove a file somewhere else.
         self._path = os.path.abspath(path)

@@ -26,17 +26,12 @@ def enlarge(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, CAPACITY)
 
 
-def check_size(message: bytes) -> None:
-    """See that a message fits in one atomic write.
-
-    Raises:
-        RuntimeError: It does not.
-    """
-    if len(message) > PIPE_BUF:
-        raise RuntimeError(
-            f"a timer request may take {PIPE_BUF} bytes, this one takes {len(message)}: "
-            "give it a shorter scope"
-        )
+def too_large(message: bytes) -> RuntimeError:
+    """The error for a message that does not fit in one atomic write."""
+    return RuntimeError(
+        f"a timer request may take {PIPE_BUF} bytes, this one takes {len(message)}: "
+        "give it a shorter scope"
+    )
 
 
 def has_room(fd: int, timeout: float) -> bool:

@@ -19,7 +19,7 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Protocol
 
-from elastic_timer._pipe import CAPACITY, UNREACHABLE_AFTER, check_size, enlarge, has_room
+from elastic_timer._pipe import CAPACITY, PIPE_BUF, UNREACHABLE_AFTER, enlarge, has_room, too_large
 
 if TYPE_CHECKING:
     from typing import TypeGuard
@@ -98,7 +98,8 @@ class PipeWriter:
             raise ValueError(f"queue {self._queue!r} is closed")
         pickled = pickle.dumps(request)
         frame = _SHORT_LENGTH.pack(len(pickled)) + pickled
-        check_size(frame)
+        if len(frame) > PIPE_BUF:
+            raise too_large(frame)
         give_up_at = time.monotonic() + UNREACHABLE_AFTER
         # Before the request is there, as `put` does: or its reader could be ahead of the count.
         if not self._queue._sem.acquire(True, UNREACHABLE_AFTER):

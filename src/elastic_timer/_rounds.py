@@ -7,6 +7,7 @@ import signal as signals
 import time
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
+from elastic_timer._callbacks import run_contained
 from elastic_timer._process import refusal, state_of
 
 if TYPE_CHECKING:
@@ -136,9 +137,9 @@ class Rounds(Generic[_Request]):
         self._looked_until = now
         self._retry_at = {pid: at for pid, at in self._retry_at.items() if pid in expired}
         due = [pid for pid in expired if self._retry_at.get(pid, now) <= now]
-        self._server._report_expired(
-            {pid: expired[pid] for pid in due if pid not in self._retry_at}
-        )
+        fresh = {pid: expired[pid] for pid in due if pid not in self._retry_at}
+        # Contained: whatever is wrong with the report, the workers are reaped.
+        run_contained(lambda: self._server._report_expired(fresh))
         reaped = set()
         for pid in due:
             # A release that was written before the signal is honoured, however late it comes.

@@ -12,6 +12,9 @@ import weakref
 from collections.abc import Callable
 from typing import Protocol
 
+# Loaded with the first server: the first worker's end shall not wait for it.
+import elastic_timer._evidence  # noqa: F401
+
 logger = logging.getLogger(__name__)
 
 # The pause after a round that raised: an error that comes back at once must not burn a core.

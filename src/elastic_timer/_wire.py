@@ -38,7 +38,14 @@ class Fields(NamedTuple):
 
 
 def encode(version: int, pid: int, scope_id: str, expiration_time: float, signal: int) -> str:
-    """The JSON of a request: what `json.dumps` makes of it, several times as fast.
+    """The JSON of a request; raises as `encode_line` does."""
+    return encode_line(version, pid, scope_id, expiration_time, signal)[:-1].decode()
+
+
+def encode_line(
+    version: int, pid: int, scope_id: str, expiration_time: float, signal: int
+) -> bytes:
+    """The line of a request: what `json.dumps` makes of it, several times as fast.
 
     Raises:
         TypeError: The scope is not a string.
@@ -53,14 +60,12 @@ def encode(version: int, pid: int, scope_id: str, expiration_time: float, signal
         number = int.__repr__(expiration_time)
     return (
         f'{{"version": {version}, "pid": {pid}, "scope_id": {encode_basestring_ascii(scope_id)}, '
-        f'"expiration_time": {number}, "signal": {int(signal)}}}'
-    )
+        f'"expiration_time": {number}, "signal": {int(signal)}}}\n'
+    ).encode()
 
 
-@functools.lru_cache(maxsize=64)
-def encode_release(version: int, pid: int, scope_id: str, signal: int) -> bytes:
-    """The whole line of a release. A worker sends the same few over and over."""
-    return f"{encode(version, pid, scope_id, -1, signal)}\n".encode()
+# For releases: a worker sends the same few over and over.
+encode_line_again = functools.lru_cache(maxsize=64)(encode_line)
 
 
 def decode(line: bytes) -> Fields:

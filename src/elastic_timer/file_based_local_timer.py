@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from elastic_timer._callbacks import ROUND_ALLOWANCE, Callbacks, run_contained
 from elastic_timer._fifo import Fifo, read_available
-from elastic_timer._pipe import UNREACHABLE_AFTER, check_size, has_room
+from elastic_timer._pipe import PIPE_BUF, UNREACHABLE_AFTER, has_room, too_large
 from elastic_timer._process import is_running
 from elastic_timer._rounds import REQUESTS, Rounds
-from elastic_timer._wire import LineBuffer, decode, encode, encode_release
+from elastic_timer._wire import LineBuffer, decode, encode, encode_line, encode_line_again
 from elastic_timer._worker_timers import WorkerTimers
 from elastic_timer.api import TimerClient, TimerRequest
 from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
@@ -176,13 +176,15 @@ class FileTimerClient(TimerClient):
         return fd
 
     def _send_request(self, request: FileTimerRequest) -> None:
-        if request.expiration_time == -1:
-            line = encode_release(
-                request.version, request.worker_id, request.scope_id, request.signal
-            )
-        else:
-            line = f"{request.to_json()}\n".encode()
-        check_size(line)
+        line = (encode_line_again if request.expiration_time == -1 else encode_line)(
+            request.version,
+            request.worker_id,
+            request.scope_id,
+            request.expiration_time,
+            request.signal,
+        )
+        if len(line) > PIPE_BUF:
+            raise too_large(line)
         try:
             # One try without ado: this is the path of every block of every worker.
             fd = os.open(self._path, _OPEN_FLAGS)
@@ -410,6 +412,8 @@ class FileTimerServer:
         Args:
             timer_requests: In the order of their arrival. A negative expiration time releases.
         """
+        if not timer_requests:
+            return
         self._request_count += len(timer_requests)
         self._workers.register(timer_requests)
         self._watchdog.wake_from_outside()
@@ -463,7 +467,7 @@ class FileTimerServer:
         while not (is_due or self._stop_signaled or self._run_once):
             remaining = end - time.monotonic()
             if remaining <= 0:
-                break
+                return []  # Nothing was ready all the time: there is nothing to read or to mend.
             is_due = self._rounds.wait(min(remaining, _FIFO_CHECK)) or not self._fifo.is_in_place()
         requests = self._read_requests(fd)
         if not self._fifo.is_in_place():

@@ -240,8 +240,9 @@ class LocalTimerServer(TimerServer):
         Args:
             timer_requests: In the order of their arrival. A negative expiration time releases.
         """
-        self._workers.register(timer_requests)
-        self._watchdog.wake_from_outside()
+        if timer_requests:
+            self._workers.register(timer_requests)
+            self._watchdog.wake_from_outside()
 
     def clear_timers(self, worker_ids: set[int]) -> None:
         """Drop all timers of some workers.
