@@ -1,0 +1,296 @@
+"""The documentation is true: its programs run, its links resolve, its table of modules is right.
+
+README.md has a test module of its own. The blocks of a page are run in their order, in one folder:
+
+- `python` blocks are programs, run below a timer server. One that begins with a comment such as
+  `# worker.py` is a file of that name instead, for the blocks behind it.
+- `sh` blocks are commands. They are run where a `text` block right behind shows their output.
+- A `text` block right behind a program is what it prints; behind a command, with its stderr.
+- `<!-- not run: REASON -->` in the line before a Python block says that it is not run, and why.
+- `<!-- setup: CODE -->` there has lines that are to be run before it.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+import elastic_timer
+from tests.support import REPOSITORY, Child
+
+DOCS = REPOSITORY / "docs"
+PAGES = {
+    path.relative_to(DOCS).as_posix(): path.read_text()
+    for path in sorted(DOCS.rglob("*.md"))
+    if not path.relative_to(DOCS).parts[0].startswith("_")
+}
+
+PATIENCE = 60
+"""How long a program of the documentation may take, in seconds; the slowest takes some three."""
+
+_BLOCK = re.compile(
+    r"(?:^<!-- (?P<remark>not run|setup):\s*(?P<detail>.*?)\s*-->\n)?"
+    r"^```(?P<language>\w+)\n(?P<text>.*?)^```\n",
+    re.MULTILINE | re.DOTALL,
+)
+
+
+class Block(NamedTuple):
+    """A program, a file or a command of a page, and what the page says it prints."""
+
+    place: str
+    language: str
+    text: str
+    prints: str | None
+    why_not_run: str | None
+    setup: str
+
+    @property
+    def file_name(self) -> str | None:
+        """Its name, if it is a file for the blocks behind it."""
+        match = re.match(r"# ([\w.]+)\n", self.text)
+        return match and match[1]
+
+    @property
+    def is_run(self) -> bool:
+        """Whether the tests are to run it."""
+        if self.language == "sh":
+            return self.prints is not None
+        return self.why_not_run is None
+
+
+def blocks_of(page: str) -> Iterator[Block]:
+    """The Python and shell blocks of a page."""
+    text = PAGES[page]
+    for match in _BLOCK.finditer(text):
+        if match["language"] not in ("python", "sh"):
+            continue
+        behind = re.compile(r"\n```text\n(.*?)^```\n", re.M | re.S).match(text, match.end())
+        detail = {match["remark"]: match["detail"]}
+        yield Block(
+            place=f"docs/{page}:{text.count(chr(10), 0, match.start('text'))}",
+            language=match["language"],
+            text=match["text"],
+            prints=behind and behind[1],
+            why_not_run=detail.get("not run"),
+            setup=detail.get("setup") or "",
+        )
+
+
+BLOCKS = {page: list(blocks_of(page)) for page in PAGES}
+
+
+@pytest.fixture
+def run(spawn: Callable[..., Child], tmp_path: Path) -> Callable[..., str]:
+    """`run(command, ..., **popen_kwargs)`: what a command prints; it has to exit with 0.
+
+    It runs in the folder `work`, with the `python` and the `elastic-timer` of these tests.
+    """
+    for name in ("bin", "tmp", "work"):
+        (tmp_path / name).mkdir()
+    for name, arguments in (("python", '"$@"'), ("elastic-timer", '-m elastic_timer "$@"')):
+        script = tmp_path / "bin" / name
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments}\n')
+        script.chmod(0o755)
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "TMPDIR": str(tmp_path / "tmp"),
+    }
+
+    def call(*command: str, **popen_kwargs: Any) -> str:
+        child = spawn(
+            "import os, sys; os.execvp(sys.argv[1], sys.argv[1:])",
+            *command,
+            env=environment,
+            cwd=tmp_path / "work",
+            **popen_kwargs,
+        )
+        output, _ = child.process.communicate(timeout=PATIENCE)
+        assert child.process.returncode == 0, output + child.stderr_text()
+        return output
+
+    return call
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
+@pytest.mark.parametrize(
+    "page", [page for page, blocks in BLOCKS.items() if any(block.is_run for block in blocks)]
+)
+def test_page_runs(run: Callable[..., str], tmp_path: Path, page: str) -> None:
+    """Pasted in their order, a page's programs work, print what it shows, and leave nothing."""
+    for number, block in enumerate(BLOCKS[page]):
+        if not block.is_run:
+            continue
+        if block.language == "python":
+            file = tmp_path / "work" / (block.file_name or f"program_{number}.py")
+            file.write_text(f"{block.setup}\n{block.text}" if block.setup else block.text)
+            if block.file_name:
+                continue
+            output = run("elastic-timer", "run", "--", "python", file.name)
+        else:
+            output = run("sh", "-c", block.text, stderr=subprocess.STDOUT)
+        if block.prints is not None:
+            assert comparable(output) == comparable(block.prints, output), block.place
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def comparable(shown: str, real: str = "") -> str:
+    """Output without what differs from run to run, or from one system to another."""
+    shown = re.sub(r"(/[\w.+-]+)+/", "", shown)
+    shown = re.sub(r"command: \S+ ", "command: python ", shown)
+    shown = re.sub(r"\b(worker |killed |run-)\d+", r"\1N", shown)
+    shown = re.sub(r"\b\d+\.\d+ s\b", "N s", shown)
+    shown = re.sub(r"^  state .*$", "  state", shown, flags=re.M)
+    if "no stacks: " in (real or shown):  # Not every system lets py-spy read them.
+        shown = re.sub(r"^  (no stacks: .*\n|thread .*\n(    .*\n)+)", "", shown, flags=re.M)
+    return shown
+
+
+def test_what_is_not_run_says_why() -> None:
+    """Most programs are run, each of the others has its reason, and all output shown is checked."""
+    programs = [block for page in BLOCKS.values() for block in page if block.language == "python"]
+    left_out = [block for block in programs if not block.is_run]
+    assert not [block.place for block in left_out if not block.why_not_run]
+    assert len(left_out) <= len(programs) // 4, [block.place for block in left_out]
+    for page, blocks in BLOCKS.items():
+        if page.startswith(("tutorial", "howto/")):
+            shown = [block for block in blocks if block.is_run and block.prints is not None]
+            assert PAGES[page].count("```text\n") == len(shown), page
+
+
+LINKING = {
+    **{f"docs/{page}": text for page, text in PAGES.items()},
+    **{
+        path.relative_to(REPOSITORY).as_posix(): path.read_text()
+        for path in (REPOSITORY / ".github").rglob("*.md")
+    },
+}
+
+
+@pytest.mark.parametrize("page", LINKING)
+def test_links_lead_somewhere(page: str) -> None:
+    """Every relative link names a file that is there and, where it has one, a heading in it."""
+    text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", LINKING[page], flags=re.M | re.S)
+    for label, link in re.findall(r"\[([^\]]*)\]\(([^)\s]+)\)", text):
+        assert label, f"{link} needs a text, for where Markdown is shown without Sphinx"
+        path, _, heading = link.partition("#")
+        if urlsplit(path).scheme:
+            continue
+        target = (REPOSITORY / page).parent / path if path else REPOSITORY / page
+        assert target.exists(), link
+        assert not heading or heading in headings(target.read_text()), link
+
+
+def headings(text: str) -> list[str]:
+    """The headings of a page as links name them."""
+    text = re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S)
+    found = re.findall(r"^#+ (.*)$", text, re.M)
+    return [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in found]
+
+
+def test_first_page_is_the_readme() -> None:
+    """The first page includes the part of README.md between two marks that are there once."""
+    marks = re.findall(r'^:(?:start-after|end-before): "(.+)"$', PAGES["index.md"], re.M)
+    readme = (REPOSITORY / "README.md").read_text()
+    assert "{include} ../README.md" in PAGES["index.md"]
+    assert [readme.count(mark) for mark in marks] == [1, 1]
+    introduction = readme[readme.index(marks[0]) : readme.index(marks[1])]
+    assert "```python" in introduction
+
+
+@pytest.mark.skipif(
+    not all(map(importlib.util.find_spec, ("sphinx", "myst_parser", "furo"))),
+    reason="needs sphinx, myst-parser and furo: the dependency group docs",
+)
+def test_builds_without_a_warning(spawn: Callable[..., Child], tmp_path: Path) -> None:
+    """Sphinx has nothing to complain of, and what it made links to nothing that is not there."""
+    built = tmp_path / "html"
+    child = spawn(
+        "import runpy; runpy.run_module('sphinx', run_name='__main__')",
+        *("-W", "--keep-going", "-q", "-d", str(tmp_path / "doctrees"), str(DOCS), str(built)),
+        stderr=subprocess.STDOUT,
+    )
+    output, _ = child.process.communicate(timeout=PATIENCE)
+    assert child.process.returncode == 0, output
+    pages = {path: LinksOf(path.read_text()) for path in built.rglob("*.html")}
+    assert len(pages) > len(PAGES)
+    broken = [
+        f"{page.relative_to(built)}: {link}"
+        for page, links in pages.items()
+        for link in links.internal
+        if not leads_somewhere(page, link, pages)
+    ]
+    assert not broken
+
+
+class LinksOf(HTMLParser):
+    """The links within one site, and the anchors, of a page of HTML."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.internal: list[str] = []
+        self.anchors: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """Take note of a tag's links and anchor."""
+        for name, value in attrs:
+            if name == "id" and value:
+                self.anchors.add(value)
+            elif name in ("href", "src") and value and not urlsplit(value).scheme:
+                self.internal.append(value)
+
+
+def leads_somewhere(page: Path, link: str, pages: dict[Path, LinksOf]) -> bool:
+    """Whether a link of a page leads to a file and an anchor that are there."""
+    parts = urlsplit(link)
+    target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
+    if target not in pages:
+        return target.exists()
+    return not parts.fragment or unquote(parts.fragment) in pages[target].anchors
+
+
+def test_table_of_modules() -> None:
+    """architecture.md lists every module, and what it imports at run time of the others."""
+    rows = re.findall(r"^\| `(\w+)` \| .+? \| (.*?) *\|$", PAGES["architecture.md"], re.M)
+    told = {module: set(re.findall(r"`(\w+)`", imports)) for module, imports in rows}
+    files = {path.stem: path for path in Path(elastic_timer.__file__).parent.glob("*.py")}
+    assert told == {module: set(imports_of(path, files)) for module, path in files.items()}
+
+
+def imports_of(path: Path, modules: dict[str, Path]) -> Iterator[str]:
+    """The modules of the package that a module imports, but for type checkers alone."""
+    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            continue
+        pending += ast.iter_child_nodes(node)
+        if isinstance(node, ast.ImportFrom) and node.module == "elastic_timer":
+            for name in node.names:
+                yield name.name if name.name in modules else "__init__"
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("elastic_timer."):
+            yield str(node.module).removeprefix("elastic_timer.")
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) == "import_module":
+            yield ast.literal_eval(node.args[0]).removeprefix("elastic_timer.")
+
+
+def test_linters_are_the_same_everywhere() -> None:
+    """The hooks of pre-commit run the linters that the dependency group `lint` names."""
+    project = (REPOSITORY / "pyproject.toml").read_text()
+    [group] = re.findall(r"^lint = \[(.*?)\]", project, re.M | re.S)
+    hooks = (REPOSITORY / ".pre-commit-config.yaml").read_text()
+    for tool in ("mypy", "ruff"):
+        [requirement] = re.findall(rf'"({tool}[^"]*)"', group)
+        assert set(re.findall(rf'"({tool}\W[^"]*)"', hooks)) == {requirement}

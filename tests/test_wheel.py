@@ -1,0 +1,109 @@
+"""The wheel: what is in it, and that it works installed alone into a fresh environment."""
+
+from __future__ import annotations
+
+import email
+import importlib.util
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import elastic_timer
+from tests.support import REPOSITORY
+
+PACKAGE = Path(elastic_timer.__file__).parent
+
+PATIENCE = 110
+"""How long a pip may take, in seconds; over a fast line it takes some five."""
+
+pytestmark = [
+    pytest.mark.skipif(
+        importlib.util.find_spec("pip") is None, reason="this system's Python has no pip"
+    ),
+    pytest.mark.timeout(300),
+]
+
+
+def run(*command: str, environment: dict[str, str] | None = None) -> str:
+    """What a command prints; it has to exit with 0."""
+    done = subprocess.run(
+        command,
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
+    if "No matching distribution found" in done.stdout:
+        pytest.skip("this system reaches no package index")
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel named by ELASTIC_TIMER_WHEEL or, without that, one built from this checkout."""
+    built = os.environ.get("ELASTIC_TIMER_WHEEL")
+    if built:
+        return Path(built)
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(REPOSITORY))
+    [path] = folder.iterdir()
+    return path
+
+
+@pytest.fixture(scope="module")
+def commands(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands are of a fresh environment that has the wheel, and nothing else."""
+    folder = tmp_path_factory.mktemp("fresh")
+    builder = venv.EnvBuilder(symlinks=True)
+    builder.create(folder)
+    found = builder.ensure_directories(folder)
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", found.env_exe)
+    run(*pip, "install", "--quiet", str(wheel))
+    return Path(found.bin_path)
+
+
+def test_contents(wheel: Path) -> None:
+    """The package with `py.typed`, the licence, the command: all of it, and no tests."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if not name.endswith("/")}
+    information = f"elastic_timer-{elastic_timer.__version__}.dist-info"
+    assert names == {
+        *(f"elastic_timer/{path.name}" for path in PACKAGE.glob("*.py")),
+        "elastic_timer/py.typed",
+        *(
+            f"{information}/{name}"
+            for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
+        ),
+    }
+
+
+def test_metadata(wheel: Path) -> None:
+    """It is for any system and Python from 3.10 on, and needs `typing_extensions` alone."""
+    assert wheel.name.endswith("-py3-none-any.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        [name] = [name for name in archive.namelist() if name.endswith("/METADATA")]
+        metadata = email.message_from_bytes(archive.read(name))
+    required = [text for text in metadata.get_all("Requires-Dist", []) if "extra ==" not in text]
+    assert [text.partition(">")[0] for text in required] == ["typing-extensions"]
+    assert metadata["Requires-Python"] == ">=3.10"
+    assert metadata["License-Expression"] == "BSD-3-Clause"
+    assert "with expires(" in str(metadata.get_payload())
+
+
+def test_demo_from_the_wheel(commands: Path) -> None:
+    """Installed alone, its demo shows exactly the two stuck workers being reaped."""
+    listed = "from importlib.metadata import distributions as all; "
+    listed += "print(*sorted(found.name.replace('-', '_') for found in all()))"
+    shown = run(str(commands / "python"), "-I", "-c", listed)
+    assert shown == "elastic_timer typing_extensions\n"
+    shown = run(str(commands / "elastic-timer"), "demo", environment={"PYTHONPATH": ""})
+    assert "Exactly the two stuck workers were reaped." in shown
