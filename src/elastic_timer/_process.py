@@ -6,12 +6,14 @@ a number that the system may give to another process once its owner is gone.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
 import os
 import select
 import signal as signals
+from collections.abc import Iterator
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,33 @@ def is_running(pid: int) -> bool:
         return False
 
 
+class SpareDescriptor:
+    """Kept for the moment when there is no other: to read in /proc who a process is."""
+
+    def __init__(self) -> None:
+        self._fd: int | None = None
+        self._take()
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """Have one descriptor free meanwhile."""
+        self.close()
+        try:
+            yield
+        finally:
+            self._take()
+
+    def close(self) -> None:
+        """Give it back."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def _take(self) -> None:
+        with contextlib.suppress(OSError):  # Somebody was faster; next time, then.
+            self._fd = os.open(os.devnull, os.O_RDONLY)
+
+
 class ProcessHandle:
     """Holds a process by its pidfd or, failing that, by its number and the time it started at.
 
@@ -56,15 +85,17 @@ class ProcessHandle:
 
     Args:
         pid: The process, or with a minus sign the process group.
+        spare: What helps out where no descriptor is left. None means nothing does.
 
     Raises:
         ProcessLookupError: There is no such process.
     """
 
-    def __init__(self, pid: int) -> None:
+    def __init__(self, pid: int, spare: SpareDescriptor | None = None) -> None:
         self.pid = pid
+        self._spare = spare
         self.pidfd: int | None = _open_pidfd(pid) if pid > 0 else None
-        self._start = _start_of(abs(pid)) if self.pidfd is None else None
+        self._start = self._read_start() if self.pidfd is None else None
         if pid > 0 and self.pidfd is None and not _number_runs(pid):
             raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
 
@@ -105,12 +136,20 @@ class ProcessHandle:
             os.kill(self.pid, signal)
 
     def _is_somebody_else(self) -> bool:
-        start = _start_of(abs(self.pid))
+        start = self._read_start()
         if self._start is None or start is None:
             return False
         if self.pid <= 0 and start == _NO_PROCESS:
             return False  # The leader has ended; a group lives on without it.
         return start != self._start
+
+    def _read_start(self) -> int | None:
+        """When the process started, in clock ticks since boot; None where that can't be known."""
+        with contextlib.nullcontext() if self._spare is None else self._spare.lent():
+            stat = stat_of(abs(self.pid))
+        if stat is None:
+            return None
+        return int(stat[19]) if stat else _NO_PROCESS
 
 
 def _open_pidfd(pid: int) -> int | None:
@@ -148,14 +187,6 @@ def _number_runs(pid: int) -> bool:
     except PermissionError:
         return True  # It is there, if somebody else's.
     return True
-
-
-def _start_of(pid: int) -> int | None:
-    """When the process started, in clock ticks since boot; None where that can't be known."""
-    stat = stat_of(pid)
-    if stat is None:
-        return None
-    return int(stat[19]) if stat else _NO_PROCESS
 
 
 def stat_of(pid: int) -> list[str] | None:

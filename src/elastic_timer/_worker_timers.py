@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from elastic_timer._process import ProcessHandle, is_running, refusal
+from elastic_timer._process import ProcessHandle, SpareDescriptor, is_running, refusal
 from elastic_timer._timer_table import TimerTable
 
 if TYPE_CHECKING:
@@ -67,6 +67,7 @@ class WorkerTimers(Generic[_Request]):
         self._workers: dict[int, _Worker] = {}
         # Processes whose exit no descriptor tells of, and which have to be asked.
         self._unwatched: set[int] = set()
+        self._spare: SpareDescriptor | None = None
         self._clock = _EpochClock()
         # The servers' public methods may be called from any thread.
         self._lock = threading.RLock()
@@ -92,10 +93,15 @@ class WorkerTimers(Generic[_Request]):
                 self.table.clear(pid)
                 self._forget_idle_group(pid)
 
-    def clear_unheld(self) -> None:
-        """Drop the timers that are left from before `close`: their releases may have been lost."""
+    def open(self) -> None:
+        """Make ready to hold workers; undone by `close`.
+
+        The timers that are left from before a `close` are dropped: their releases may be lost.
+        """
         with self._lock:
             self.clear(pid for pid in self.table.workers() if pid not in self._workers)
+            if self._spare is None:
+                self._spare = SpareDescriptor()
 
     def expired(self, epoch: float) -> dict[int, list[_Request]]:
         """The timers that have expired when the wall clock shows `epoch`, by worker."""
@@ -166,6 +172,9 @@ class WorkerTimers(Generic[_Request]):
         with self._lock:
             for pid in list(self._workers):
                 self._release_process(pid)
+            if self._spare is not None:
+                self._spare.close()
+                self._spare = None
 
     def forget_parent(self) -> None:
         """Let go, in a forked child, of what the parent holds."""
@@ -190,7 +199,7 @@ class WorkerTimers(Generic[_Request]):
             return not worker.was_killed
         process: ProcessHandle | None
         try:
-            process = ProcessHandle(pid)
+            process = ProcessHandle(pid, self._spare)
         except ProcessLookupError:
             process = None
         self._workers[pid] = worker = _Worker(process)

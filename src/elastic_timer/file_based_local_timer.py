@@ -358,8 +358,8 @@ class FileTimerServer:
         if not self._watchdog.may_start():
             return
         self._stop_signaled = self._run_once = False
-        self._workers.clear_unheld()
         try:
+            self._workers.open()
             self._fifo.make()
             self._watchdog.watch(self._fifo.open(), REQUESTS)
             self._watchdog.start()

@@ -231,7 +231,7 @@ class LocalTimerServer(TimerServer):
             RuntimeError: It was stopped while it was busy, and still is.
         """
         if self._watchdog.may_start():
-            self._workers.clear_unheld()
+            self._workers.open()
             super().start()
 
     def register_timers(self, timer_requests: list[TimerRequest]) -> None:
