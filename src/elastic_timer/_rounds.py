@@ -116,13 +116,9 @@ class Rounds(Generic[_Request]):
             Whether there is something to do. False after the timeout or `Watchdog.wake`.
         """
         due = self._next_due()
-        remaining = due - time.monotonic()
-        if timeout < remaining:
-            ready = self._watchdog.wait(timeout)
-        else:
-            ready = self._watchdog.wait(remaining - _FINE)
-            if not ready:
-                self._watchdog.pause(min(_FINE, due - time.monotonic()))
+        ready = self._watchdog.wait(min(timeout, due - time.monotonic() - _FINE))
+        if not ready and due - time.monotonic() <= _FINE:
+            self._watchdog.pause(due - time.monotonic())
         self._exited += [pid for pid in ready if isinstance(pid, int)]
         if REQUESTS in ready:
             self._watchdog.pause(min(_GATHER, self._max_interval, due - time.monotonic()))

@@ -23,8 +23,9 @@ _ERROR_PAUSE = 0.1
 # How long stop() waits for a watchdog that is busy, most likely in somebody's callback.
 _STOP_PATIENCE = 10.0
 
-# epoll(7) takes milliseconds as a signed 32-bit integer.
-_LONGEST_WAIT = 3600.0
+# Linux lets a wait come to its end up to a thousandth of its length too late (the timer slack of
+# poll(2) and the like): one of a minute would end up to 60 ms behind a deadline.
+_LONGEST_WAIT = 0.5
 
 _all_watchdogs: weakref.WeakSet[Watchdog] = weakref.WeakSet()
 
@@ -146,7 +147,10 @@ class Watchdog:
             self._selector.unregister(fd)
 
     def wait(self, timeout: float) -> list[object]:
-        """Wait for one of the descriptors watched, for `wake`, or for `timeout` seconds."""
+        """Wait for one of the descriptors watched, for `wake`, or for `timeout` seconds.
+
+        It may return early with nothing.
+        """
         selector = self._open()
         if self._stop_requested.is_set():
             timeout = 0

@@ -318,6 +318,7 @@ class FileTimerServer:
         self._last_progress_time = int(time.time())
         self._is_started = False
         self._is_cut_off = False
+        self._next_fifo_check = 0.0
         self._fatal_signal = 0
         self._lines = LineBuffer()
         # Apart, so that a log_event that blocks costs nobody the evidence.
@@ -463,16 +464,25 @@ class FileTimerServer:
     def _get_requests(self, fd: int, max_interval: float) -> list[FileTimerRequest]:
         """Wait until there is something to do, `max_interval` seconds at most."""
         end = time.monotonic() + max_interval
-        is_due = False
-        while not (is_due or self._stop_signaled or self._run_once):
+        is_due = is_fifo_lost = False
+        while not (is_due or is_fifo_lost or self._stop_signaled or self._run_once):
             remaining = end - time.monotonic()
             if remaining <= 0:
                 return []  # Nothing was ready all the time: there is nothing to read or to mend.
-            is_due = self._rounds.wait(min(remaining, _FIFO_CHECK)) or not self._fifo.is_in_place()
+            is_due = self._rounds.wait(min(remaining, _FIFO_CHECK))
+            is_fifo_lost = self._is_fifo_lost()
         requests = self._read_requests(fd)
-        if not self._fifo.is_in_place():
+        if is_fifo_lost:
             self._mend_fifo()
         return requests
+
+    def _is_fifo_lost(self) -> bool:
+        # Not in every round: with a short max_interval that would be a third of an idle server.
+        now = time.monotonic()
+        if now < self._next_fifo_check:
+            return False
+        self._next_fifo_check = now + _FIFO_CHECK
+        return not self._fifo.is_in_place()
 
     def _get_scopes(self, timer_requests: list[FileTimerRequest]) -> list[str]:
         return [request.scope_id for request in timer_requests]
@@ -540,7 +550,7 @@ class FileTimerServer:
         if expired_timers:
             self._reports.run(report, stacks_timeout() + ROUND_ALLOWANCE)
         else:
-            run_contained(report)
+            report()
 
     def _fatal_timer(
         self, timers: list[FileTimerRequest], is_retry: bool
