@@ -1,0 +1,136 @@
+"""Fixtures of all tests; the autouse one holds every test to leaving nothing behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import elastic_timer
+from tests.support import Child, ForkedWorker, child_pids, eventually, open_descriptors
+
+_FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item,
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note which tests have failed: the traceback keeps what they had open."""
+    report = yield
+    item.stash[_FAILED] = item.stash.get(_FAILED, False) or report.failed
+    return report
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _resource_tracker() -> None:
+    """Start multiprocessing's helper process now: it lives as long as the interpreter does."""
+    if sys.platform != "win32":
+        from multiprocessing import resource_tracker
+
+        resource_tracker.ensure_running()
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind(
+    request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture, _resource_tracker: None
+) -> Iterator[None]:
+    """Hold each test to ending its threads and children and closing its descriptors."""
+    descriptors = set(open_descriptors())
+    children = child_pids()
+    yield
+    elastic_timer.configure(None)
+    # pytest would keep the fixtures' values, and through the tracebacks in log records the frames:
+    # with them queues and their pipes.
+    caplog.get_records("call").clear()
+    if isinstance(request.node, pytest.Function):
+        request.node.funcargs.clear()
+
+    def left() -> list[str]:
+        multiprocessing.active_children()
+        if os.getpid() == 1:  # In a container without an init, orphans become our children.
+            _reap_adopted()
+        threads = [
+            thread.name
+            for thread in threading.enumerate()
+            if thread.name.startswith("elastic-timer")
+        ]
+        processes = [f"process {pid}" for pid in child_pids() - children]
+        opened = [
+            f"descriptor {number} -> {target}"
+            for number, target in open_descriptors().items()
+            if number not in descriptors
+        ]
+        return threads + processes + opened
+
+    def nothing_left() -> bool:
+        # Collecting takes 50 ms: only for those who leave something in a cycle.
+        return not left() or (gc.collect() >= 0 and not left())
+
+    try:
+        if not request.node.stash[_FAILED]:
+            eventually(nothing_left, timeout=5)
+    except AssertionError:
+        pytest.fail(f"left behind: {', '.join(left())}", pytrace=False)
+    finally:
+        _reap(child_pids() - children)
+
+
+def _reap_adopted() -> None:
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG) != (0, 0):
+            pass
+
+
+def _reap(pids: set[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, ChildProcessError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+@pytest.fixture
+def spawn() -> Iterator[Callable[..., Child]]:
+    """`spawn(source, *args, env=None, **popen_kwargs)`: a Child, killed and reaped at the end."""
+    children: list[Child] = []
+
+    def start(
+        source: str, *args: str, env: dict[str, str] | None = None, **popen_kwargs: Any
+    ) -> Child:
+        child = Child(source, args, env, **popen_kwargs)
+        children.append(child)
+        return child
+
+    yield start
+    for child in children:
+        child.close()
+
+
+@pytest.fixture
+def fork_worker() -> Iterator[Callable[..., ForkedWorker]]:
+    """`fork_worker(target, *args)`: a ForkedWorker, killed and reaped at the end."""
+    workers: list[ForkedWorker] = []
+
+    def start(target: Callable[..., None], *args: Any) -> ForkedWorker:
+        worker = ForkedWorker(target, *args)
+        workers.append(worker)
+        return worker
+
+    yield start
+    for worker in workers:
+        worker.close()
+
+
+@pytest.fixture
+def fifo_path(tmp_path: Path) -> str:
+    """A path at which nothing lies yet."""
+    return str(tmp_path / "timers.fifo")

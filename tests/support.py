@@ -1,0 +1,320 @@
+"""What the tests share: real child processes, and waiting with deadlines instead of sleeping."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from elastic_timer import TimerClient, expires
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SOURCE = REPOSITORY / "src"
+
+FAR = 600.0
+"""A time, in seconds, that no test lives to see."""
+
+ALLOWED_LATENESS = 2.0
+"""How late a reap may be here, in seconds: a bound for busy machines, not the usual figure."""
+
+_T = TypeVar("_T")
+
+
+class HasPid(Protocol):
+    """Anything with a process id: a Child, a Popen, a multiprocessing.Process."""
+
+    @property
+    def pid(self) -> int | None: ...
+
+
+class Startable(Protocol):
+    """Either timer server, ours or a subclass of a test."""
+
+    def start(self) -> None: ...
+    def stop(self) -> None: ...
+
+
+_S = TypeVar("_S", bound=Startable)
+
+
+class Child:
+    """A Python process that runs `source` and is spoken to by lines."""
+
+    def __init__(
+        self,
+        source: str,
+        args: tuple[str, ...] = (),
+        env: dict[str, str] | None = None,
+        **popen_kwargs: Any,
+    ) -> None:
+        environment = {**os.environ, **(env or {})}
+        paths = [str(SOURCE), environment.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+        # A session of its own lets kill() take grandchildren along.
+        self._owns_group = bool(popen_kwargs.setdefault("start_new_session", True))
+        # A file: nobody has to read it for the child to be able to go on writing.
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
+        self._lines = b""
+        popen_kwargs.setdefault("stdin", subprocess.PIPE)
+        popen_kwargs.setdefault("stdout", subprocess.PIPE)
+        popen_kwargs.setdefault("stderr", self._stderr)
+        self.process: subprocess.Popen[str] = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(source), *args],
+            text=True,
+            env=environment,
+            **popen_kwargs,
+        )
+        self.pid: int = self.process.pid
+
+    def readline(self, timeout: float = 20) -> str:
+        """The next line of stdout without its end, waiting at most `timeout` seconds."""
+        assert self.process.stdout is not None
+        descriptor = self.process.stdout.fileno()
+        deadline = time.monotonic() + timeout
+        with selectors.DefaultSelector() as selector:
+            selector.register(descriptor, selectors.EVENT_READ)
+            while b"\n" not in self._lines:
+                if not selector.select(max(0.0, deadline - time.monotonic())):
+                    raise AssertionError(self._complaint(f"no line within {timeout} s"))
+                chunk = os.read(descriptor, 65536)
+                if not chunk:
+                    raise AssertionError(self._complaint("end of output"))
+                self._lines += chunk
+        line, _, self._lines = self._lines.partition(b"\n")
+        return line.decode()
+
+    def send_line(self, text: str) -> None:
+        """Write one line to the child's stdin."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(text + "\n")
+        self.process.stdin.flush()
+
+    def wait(self, timeout: float = 20) -> int:
+        """The exit code, negative for a signal; an AssertionError after `timeout` seconds."""
+        try:
+            return self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(self._complaint(f"still running after {timeout} s")) from None
+
+    def stderr_text(self) -> str:
+        """What the child wrote to stderr so far."""
+        if self._stderr.closed:
+            return ""
+        return os.pread(self._stderr.fileno(), 10_000_000, 0).decode(errors="replace")
+
+    def kill(self) -> None:
+        """Kill the child and its group, and reap it."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if self._owns_group:
+                os.killpg(self.pid, signal.SIGCONT)
+                os.killpg(self.pid, signal.SIGKILL)
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+        self.process.wait()
+
+    def close(self) -> None:
+        """Kill the child and close every descriptor that leads to it."""
+        self.kill()
+        for stream in (self.process.stdout, self.process.stderr):
+            if stream is not None:
+                stream.close()
+        with contextlib.suppress(BrokenPipeError):
+            if self.process.stdin is not None:
+                self.process.stdin.close()
+        self._stderr.close()
+
+    def _complaint(self, what: str) -> str:
+        code = self.process.poll()
+        return f"child {self.pid} (exit code {code}): {what}; stderr:\n{self.stderr_text()}"
+
+
+class ForkedWorker:
+    """A fork of this process that runs `target(channel, *args)`; both ends can send and receive."""
+
+    def __init__(self, target: Callable[..., None], *args: Any) -> None:
+        context = multiprocessing.get_context("fork")
+        self._channel, theirs = context.Pipe()
+        self.process = context.Process(target=target, args=(theirs, *args))
+        self.process.start()
+        theirs.close()
+        assert self.process.pid is not None
+        self.pid: int = self.process.pid
+
+    def receive(self, timeout: float = 20) -> Any:
+        """The next object that the worker sent, waiting at most `timeout` seconds."""
+        assert self._channel.poll(timeout), f"worker {self.pid} sent nothing within {timeout} s"
+        return self._channel.recv()
+
+    def send(self, message: object) -> None:
+        """Send an object to the worker."""
+        self._channel.send(message)
+
+    def ask(self, message: object, timeout: float = 20) -> Any:
+        """Send an object and return what the worker answers."""
+        self.send(message)
+        return self.receive(timeout)
+
+    def wait(self, timeout: float = 20) -> int:
+        """The exit code, negative for a signal; an AssertionError after `timeout` seconds."""
+        wait_dead(self, timeout)
+        self.process.join()
+        assert self.process.exitcode is not None
+        return self.process.exitcode
+
+    def close(self) -> None:
+        """Kill and reap the worker, and close every descriptor that leads to it."""
+        self.process.kill()
+        self.process.join()
+        self.process.close()
+        self._channel.close()
+
+
+def eventually(predicate: Callable[[], _T], timeout: float = 20, message: str = "") -> _T:
+    """Poll until `predicate` returns something true, and return that."""
+    deadline = time.monotonic() + timeout
+    while True:
+        value = predicate()
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(message or f"not so within {timeout} s: {predicate}")
+        time.sleep(0.005)
+
+
+def wait_dead(process: int | HasPid, timeout: float = 20) -> float:
+    """Wait until a process has ended (a zombie counts) and return `time.monotonic()` of then."""
+    if isinstance(process, Child) and process.process.returncode is not None:
+        return time.monotonic()
+    pid = process if isinstance(process, int) else process.pid
+    assert pid is not None, "the process was never started"
+    if not hasattr(os, "pidfd_open"):
+        eventually(lambda: not is_alive(pid), timeout, f"{pid} still runs after {timeout} s")
+        return time.monotonic()
+    try:
+        descriptor = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return time.monotonic()
+    try:
+        with selectors.DefaultSelector() as selector:
+            selector.register(descriptor, selectors.EVENT_READ)
+            assert selector.select(timeout), f"process {pid} still runs after {timeout} s"
+        return time.monotonic()
+    finally:
+        os.close(descriptor)
+
+
+def is_alive(process: int | HasPid) -> bool:
+    """Whether the process exists and is not a zombie."""
+    pid = process if isinstance(process, int) else process.pid
+    assert pid is not None, "the process was never started"
+    try:
+        return process_state(pid) not in ("Z", "X")
+    except ProcessLookupError:
+        return False
+
+
+def process_state(pid: int) -> str:
+    """The letter `ps` shows: R, S, D, T, Z ...; ProcessLookupError where there is none."""
+    if not os.path.isdir("/proc/self"):
+        found = subprocess.run(
+            ["ps", "-o", "stat=", "-p", str(pid)], capture_output=True, text=True, check=False
+        )
+        if not found.stdout.strip():
+            raise ProcessLookupError(pid)
+        return found.stdout.strip()[0]
+    return _stat_fields(pid)[0]
+
+
+def child_pids(pid: int | None = None) -> set[int]:
+    """The children of `pid` (default: this process), zombies included; needs /proc."""
+    children: set[int] = set()
+    # Each thread has a list of those that it forked itself.
+    for file in Path(f"/proc/{os.getpid() if pid is None else pid}/task").glob("*/children"):
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            children.update(map(int, file.read_text().split()))
+    return children
+
+
+def _stat_fields(pid: int) -> list[str]:
+    """The fields of /proc/<pid>/stat from the state on."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        raise ProcessLookupError(pid) from None
+    # The name before it may hold blanks and parentheses of its own.
+    return text.rpartition(")")[2].split()
+
+
+def open_descriptors() -> dict[int, str]:
+    """This process's descriptors and what they lead to."""
+    found = {}
+    for name in os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"):
+        # The one that lists the directory is gone by now.
+        with contextlib.suppress(OSError):
+            os.fstat(int(name))
+            found[int(name)] = _leads_to(name)
+    return found
+
+
+def _leads_to(name: str) -> str:
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/self/fd/{name}")
+    return "?"
+
+
+@contextlib.contextmanager
+def running(server: _S) -> Iterator[_S]:
+    """Start a server, and stop it whatever happens."""
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def overrun(channel: Any, client: TimerClient, after: float) -> None:
+    """A worker that never leaves its block; it sends its deadline (monotonic) once it is in."""
+    deadline = time.monotonic() + after
+    with expires(after=after, scope="overrun", client=client):
+        channel.send(deadline)
+        time.sleep(FAR)
+
+
+def assert_reaped_in_time(worker: ForkedWorker, deadline: float) -> None:
+    """The worker dies at its deadline (monotonic): never before, and not much later."""
+    died = wait_dead(worker, deadline + ALLOWED_LATENESS - time.monotonic())
+    assert died >= deadline
+    assert worker.wait() == -signal.SIGKILL
+
+
+def wire_line(**changes: Any) -> bytes:
+    """A valid request of this process as it goes over the FIFO, with changes."""
+    request = {
+        "version": 1,
+        "pid": os.getpid(),
+        "scope_id": "valid",
+        "expiration_time": time.time() + FAR,
+        "signal": 9,
+    }
+    return json.dumps({**request, **changes}).encode() + b"\n"
+
+
+def write_raw(fifo_path: str, data: bytes) -> None:
+    """Write bytes into a FIFO at once, as any process could."""
+    descriptor = os.open(fifo_path, os.O_WRONLY | os.O_NONBLOCK)
+    try:
+        assert os.write(descriptor, data) == len(data)
+    finally:
+        os.close(descriptor)
