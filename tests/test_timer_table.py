@@ -1,0 +1,201 @@
+"""The table of timers against a plain dictionary, and what keeps it fast."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from elastic_timer._timer_table import TimerTable
+
+WORKERS = st.integers(-2, 3)
+SCOPES = st.sampled_from(["a", "b", "c"])
+# Few values, so that ties and exact hits are frequent.
+TIMES = st.integers(0, 12).map(float)
+
+
+class AgainstADictionary(RuleBasedStateMachine):
+    """Does everything to a table and to a dictionary: both must always tell the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table: TimerTable[int, object] = TimerTable()
+        self.model: dict[tuple[int, str], tuple[float, int, object]] = {}
+        self.serial = 0
+        self.now = 0.0
+
+    @rule(worker=WORKERS, scope=SCOPES, deadline=TIMES)
+    def acquire(self, worker: int, scope: str, deadline: float) -> None:
+        request = object()
+        self.serial += 1
+        self.table.acquire(worker, scope, request, deadline)
+        self.model[worker, scope] = (deadline, self.serial, request)
+
+    @rule(worker=WORKERS, scope=SCOPES)
+    def release(self, worker: int, scope: str) -> None:
+        self.table.release(worker, scope)
+        self.model.pop((worker, scope), None)
+
+    @precondition(lambda self: self.model)
+    @rule(data=st.data())
+    def release_what_is_held(self, data: st.DataObject) -> None:
+        self.release(*data.draw(st.sampled_from(sorted(self.model))))
+
+    @rule(worker=WORKERS)
+    def clear(self, worker: int) -> None:
+        self.table.clear(worker)
+        for key in [key for key in self.model if key[0] == worker]:
+            del self.model[key]
+
+    @rule(now=TIMES)
+    def set_time(self, now: float) -> None:
+        self.now = now
+
+    @rule(times=st.integers(60, 200))
+    def acquire_and_release_often(self, times: int) -> None:
+        for number in range(times):
+            self.table.acquire(9, "often", object(), float(number % 5))
+            self.table.release(9, "often")
+        self.serial += times
+
+    @invariant()
+    def is_the_same_mapping(self) -> None:
+        assert len(self.table) == len(self.model)
+        assert dict(self.table) == {key: item[2] for key, item in self.model.items()}
+        assert bool(self.table) == bool(self.model)
+        assert set(self.table.workers()) == {worker for worker, _ in self.model}
+        assert len(self.table.workers()) == len(set(self.table.workers()))
+        for worker in range(-2, 4):
+            assert self.table.holds(worker) == any(key[0] == worker for key in self.model)
+
+    @invariant()
+    def expires_the_same(self) -> None:
+        expected: dict[int, list[object]] = {}
+        for (worker, _), (deadline, _, request) in sorted(
+            self.model.items(), key=lambda item: item[1][:2]
+        ):
+            if deadline <= self.now:
+                expected.setdefault(worker, []).append(request)
+        found = self.table.expired(self.now)
+        assert found == expected
+        # The worker that is due first comes first.
+        assert list(found) == list(expected)
+
+    @invariant()
+    def is_due_at_the_same_time(self) -> None:
+        deadlines = [deadline for deadline, _, _ in self.model.values()]
+        assert self.table.next_deadline() == min(deadlines, default=None)
+        later = [deadline for deadline in deadlines if deadline > self.now]
+        assert self.table.next_deadline(after=self.now) == min(later, default=None)
+
+    @invariant()
+    def heap_stays_small(self) -> None:
+        assert len(self.table._heap) <= 2 * len(self.model) + 64
+
+
+AgainstADictionary.TestCase.settings = settings(
+    max_examples=60, stateful_step_count=30, deadline=None
+)
+TestAgainstADictionary = AgainstADictionary.TestCase
+TestAgainstADictionary.__doc__ = "Whatever is done to it, a table tells what a dictionary tells."
+
+
+@pytest.fixture
+def table() -> TimerTable[Any, str]:
+    """An empty one."""
+    return TimerTable()
+
+
+def test_reading_does_not_change_it(table: TimerTable[Any, str]) -> None:
+    """What is expired stays, and is told of again, until it is released or cleared."""
+    table.acquire(1, "a", "request", 5.0)
+    for _ in range(3):
+        assert table.expired(5.0) == {1: ["request"]}
+        assert table.next_deadline() == 5.0
+    assert table.expired(math.nextafter(5.0, 0)) == {}
+
+
+def test_acquired_anew_only_the_last_deadline_counts(table: TimerTable[Any, str]) -> None:
+    """An earlier or a later deadline replaces the one before it."""
+    table.acquire(1, "a", "first", 5.0)
+    table.acquire(1, "a", "later", 9.0)
+    assert table.expired(8.0) == {}
+    assert table.next_deadline() == 9.0
+    table.acquire(1, "a", "sooner", 2.0)
+    assert table.expired(8.0) == {1: ["sooner"]}
+    table.release(1, "a")
+    assert table.expired(100.0) == {}
+    assert table.next_deadline() is None
+
+
+def test_unknown_key_is_a_key_error(table: TimerTable[Any, str]) -> None:
+    """The error names the whole key, for an unknown worker and for an unknown scope."""
+    table.acquire(1, "a", "request", 5.0)
+    for key in [(1, "b"), (2, "a")]:
+        assert key not in table
+        with pytest.raises(KeyError) as caught:
+            table[key]
+        assert caught.value.args == (key,)
+
+
+def test_workers_are_never_compared(table: TimerTable[Any, str]) -> None:
+    """Workers of any hashable kind may share a deadline: ties go to who came first."""
+    workers = [object(), "text", 7, (1, 2)]
+    for worker in workers:
+        table.acquire(worker, "a", repr(worker), 5.0)
+    assert list(table.expired(5.0)) == workers
+
+
+def test_reading_it_while_it_changes(table: TimerTable[Any, str]) -> None:
+    """Other threads may go through the timers while the watchdog registers and clears some."""
+    for worker in range(3):
+        table.acquire(worker, "a", "request", 5.0)
+    keys = iter(table)
+    assert next(keys) == (0, "a")
+    table.acquire(0, "b", "request", 5.0)
+    table.acquire(7, "a", "request", 5.0)
+    table.clear(1)
+    assert list(keys)[-1] == (2, "a")
+
+
+def test_representation_shows_the_timers(table: TimerTable[Any, str]) -> None:
+    """In a log or a failed assertion one sees what is held."""
+    table.acquire(1, "a", "request", 5.0)
+    assert repr(table) == "TimerTable({(1, 'a'): 'request'})"
+
+
+class CountedTime(float):
+    """A deadline that counts how often it was compared."""
+
+    comparisons = 0
+
+    def __le__(self, other: float) -> bool:
+        CountedTime.comparisons += 1
+        return float(self) <= other
+
+    def __lt__(self, other: float) -> bool:
+        CountedTime.comparisons += 1
+        return float(self) < other
+
+    def __gt__(self, other: float) -> bool:
+        CountedTime.comparisons += 1
+        return float(self) > other
+
+    def __ge__(self, other: float) -> bool:
+        CountedTime.comparisons += 1
+        return float(self) >= other
+
+
+def test_idle_work_does_not_grow_with_the_timers(table: TimerTable[Any, str]) -> None:
+    """With nothing due, a look at 10,000 timers asks as few of them as a look at ten."""
+    for count in (10, 10_000):
+        for worker in range(count):
+            table.acquire(worker, "a", "request", CountedTime(1000.0 + worker % 97))
+        CountedTime.comparisons = 0
+        assert table.expired(5.0) == {}
+        assert table.next_deadline(after=5.0) == 1000.0
+        assert CountedTime.comparisons < 20
