@@ -1,0 +1,1 @@
+"""Benchmarks of elastic-timer against its peers: ``python -m tests.benchmarks``."""

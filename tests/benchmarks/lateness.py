@@ -1,0 +1,246 @@
+"""How late is a stuck worker reaped? Seen from outside: by a pidfd on every worker."""
+
+from __future__ import annotations
+
+import faulthandler
+import functools
+import importlib
+import multiprocessing
+import os
+import select
+import signal
+import struct
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+from tests.benchmarks import peers
+from tests.benchmarks.harness import Host, Results, Work, fork, hosted, progress
+from tests.benchmarks.peers import ELASTIC_TIMER, FAULTHANDLER, NVRX, UPSTREAM, Library
+
+LATENESS = Work("lateness of a reap", "ms", "max_interval, s")
+UNREAPED = Work("workers still there at the end", varied="max_interval, s")
+INTERVALS = (0.1, 10.0, 60.0)
+
+# Within which all deadlines lie. As long as the longest max_interval: a server that looks
+# only every max_interval is late by anything between nothing and all of it.
+# A little less, for the last ones to be seen too, and for steps that are no multiple of another
+# interval: all deadlines would lie at the same place in it.
+_WINDOW = 58.7
+# Before the first deadline all workers have entered; after the last one, servers have time left.
+_LEAD = 1.0
+_MARGIN = 2.0
+_LONG = 3 * _WINDOW
+_START = struct.Struct("d")
+_REPORT = struct.Struct("id")
+
+
+@dataclass(frozen=True)
+class Contest:
+    """One contestant at one max_interval, with as many workers as it is to reap."""
+
+    name: str
+    library: Library | None
+    interval: float
+    workers: int
+
+
+def contests(skipped: dict[str, str]) -> list[Contest]:
+    """All contestants that can take part."""
+    entries = []
+    for interval in INTERVALS:
+        for library in (ELASTIC_TIMER, UPSTREAM):
+            for kind in ("file", "queue"):
+                entries.append(Contest(f"{library.name}, {kind}", library, interval, 20))
+        entries.append(Contest(NVRX, None, interval, 7))
+    # It has no interval: its thread waits for the deadline itself.
+    entries.append(Contest(FAULTHANDLER, None, 0, 20))
+    return [entry for entry in entries if entry.name.split(",")[0] not in skipped]
+
+
+def measure(results: Results) -> None:
+    """Let all workers of all contestants overrun their deadlines, one after another."""
+    entries = contests(results.skipped)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        progress(f"{LATENESS.title}: {sum(entry.workers for entry in entries)} workers start")
+        hosts: list[Host] = []
+        for place, entry in enumerate(entries):
+            # The contestants' deadlines alternate, and no two of them coincide.
+            step = _WINDOW / entry.workers
+            shift = step * (place + 0.5) / len(entries)
+            afters = [_LEAD + shift + step * number for number in range(entry.workers)]
+            arguments = (entry, tempfile.mkdtemp(dir=folder), afters)
+            hosts.append(stack.enter_context(hosted(_host, *arguments)))
+        pidfds = [[stack.enter_context(_Pidfd(pid)) for pid in host.answer()] for host in hosts]
+        start = time.time() + 1
+        for host in hosts:
+            host.connection.send(start)
+        workers = {pidfd.fileno() for of_host in pidfds for pidfd in of_host}
+        deaths = _watch(workers, start + _LEAD + _WINDOW + _MARGIN)
+        for entry, host, of_host in zip(entries, hosts, pidfds, strict=True):
+            for number, deadline in host.answer():
+                death = deaths.get(of_host[number].fileno())
+                at = entry.interval or None
+                results.add(UNREAPED, entry.name, float(death is None), at)
+                if death is not None:
+                    results.add(LATENESS, entry.name, (death - deadline) * 1000, at)
+
+
+def _watch(workers: set[int], end: float) -> dict[int, float]:
+    """When each process ended, in epoch seconds, by its pidfd."""
+    deaths: dict[int, float] = {}
+    poller = select.poll()
+    for pidfd in workers:
+        poller.register(pidfd, select.POLLIN)
+    while len(deaths) < len(workers) and (left := end - time.time()) > 0:
+        for pidfd, _ in poller.poll(min(left, 1) * 1000):
+            deaths[pidfd] = time.time()
+            poller.unregister(pidfd)
+        progress(f"{LATENESS.title}: {len(deaths)} of {len(workers)} reaped, {left:.0f} s left")
+    return deaths
+
+
+class _Pidfd:
+    def __init__(self, pid: int) -> None:
+        self._descriptor = os.pidfd_open(pid)
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def __enter__(self) -> _Pidfd:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+def _host(connection: Connection, entry: Contest, folder: str, afters: list[float]) -> None:
+    """Fork the workers, start their server, send their pids; at the start, their deadlines."""
+    peers.silence()
+    start_server, stick = _REAPERS[entry.name.split(", ")[-1]](entry, folder, afters)
+    served_reader, served_writer = os.pipe()
+    start_reader, start_writer = os.pipe()
+    report_reader, report_writer = os.pipe()
+
+    def worker(number: int) -> None:
+        os.read(served_reader, 1)
+        stuck = stick(number)
+        os.write(report_writer, b"r")
+        (start,) = _START.unpack(os.read(start_reader, _START.size))
+        time.sleep(max(0.0, start - time.time()))
+        after = afters[number]
+        os.write(report_writer, _REPORT.pack(number, time.time() + after))
+        stuck(after)
+
+    def report(size: int) -> bytes:
+        sources: list[Any] = [report_reader, connection]
+        if report_reader not in select.select(sources, [], [])[0]:
+            raise EOFError("the benchmark was given up")
+        return os.read(report_reader, size)
+
+    pids = [fork(functools.partial(worker, number)) for number in range(len(afters))]
+    monitors = None
+    try:
+        monitors = start_server()
+        os.write(served_writer, b"s" * len(pids))
+        for _ in pids:
+            report(1)
+        connection.send(pids)
+        os.write(start_writer, _START.pack(connection.recv()) * len(pids))
+        connection.send([_REPORT.unpack(report(_REPORT.size)) for _ in pids])
+        connection.poll(None)  # The other side is done once it has closed its end.
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        for monitor in monitors or ():
+            monitor.kill()
+
+
+# What a host needs: to start the server (a list of processes to end, or None), and in a
+# worker, given its number, to prepare a function of `after` that is stuck past its deadline.
+_Start = Callable[[], Any]
+_Stick = Callable[[int], Callable[[float], None]]
+
+
+def _file(entry: Contest, folder: str, afters: list[float]) -> tuple[_Start, _Stick]:
+    assert entry.library is not None
+    _without_stacks(entry)
+    library, path = entry.library.load(), f"{folder}/fifo"
+    server = library.FileTimerServer(path, "benchmark", entry.interval)
+    if entry.library == UPSTREAM:
+        # After its first reap it ends its own process. Spared, or one sample would be all there is.
+        reap = server._reap_worker
+        server._reap_worker = lambda pid, signal: pid == os.getpid() or reap(pid, signal)
+    return server.start, _in_block(library, lambda: library.FileTimerClient(path))
+
+
+def _queue(entry: Contest, folder: str, afters: list[float]) -> tuple[_Start, _Stick]:
+    assert entry.library is not None
+    _without_stacks(entry)
+    library, queue = entry.library.load(), multiprocessing.get_context("fork").Queue()
+    server = library.LocalTimerServer(queue, entry.interval)
+    return server.start, _in_block(library, lambda: library.LocalTimerClient(queue))
+
+
+def _without_stacks(entry: Contest) -> None:
+    """Have no Python stacks taken, which py-spy, where it is installed, does before a reap."""
+    if entry.library == ELASTIC_TIMER:
+        logging = importlib.import_module("elastic_timer.debug_info_logging")
+        logging.set_stacks_timeout(0)
+
+
+def _in_block(library: Any, make_client: Callable[[], Any]) -> _Stick:
+    def stick(number: int) -> Callable[[float], None]:
+        client = make_client()
+
+        def stuck(after: float) -> None:
+            # With the default scope, torch's search for it would delay all that enter with it.
+            with library.expires(after, "stuck", client):
+                time.sleep(_LONG)
+
+        return stuck
+
+    return stick
+
+
+def _rank_monitor(entry: Contest, folder: str, afters: list[float]) -> tuple[_Start, _Stick]:
+    importlib.import_module(peers.NVRX_MODULE)  # Here, once, and not in every worker.
+    paths = [f"{folder}/{number}" for number in range(len(afters))]
+
+    def start() -> list[Any]:
+        return [
+            peers.start_rank_monitor(path, after, entry.interval)
+            for path, after in zip(paths, afters, strict=True)
+        ]
+
+    def stick(number: int) -> Callable[[float], None]:
+        client = peers.connect_to_rank_monitor(paths[number])
+
+        def stuck(after: float) -> None:
+            client.start_section("stuck")
+            time.sleep(_LONG)
+
+        return stuck
+
+    return start, stick
+
+
+def _faulthandler(entry: Contest, folder: str, afters: list[float]) -> tuple[_Start, _Stick]:
+    def stuck(after: float) -> None:
+        faulthandler.dump_traceback_later(after, exit=True)
+        time.sleep(_LONG)
+
+    return (lambda: None), (lambda number: stuck)
+
+
+_REAPERS = {
+    "file": _file,
+    "queue": _queue,
+    NVRX: _rank_monitor,
+    FAULTHANDLER: _faulthandler,
+}
