@@ -20,6 +20,10 @@ from tests.support import Child, ForkedWorker, child_pids, eventually, open_desc
 
 _FAILED = pytest.StashKey[bool]()
 
+# Under nohup it is ignored, which children would inherit, and `elastic-timer run` respect.
+if hasattr(signal, "SIGHUP"):
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(

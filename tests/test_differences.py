@@ -996,13 +996,19 @@ def test_d16_request_of_a_worker_about_to_die_is_dropped(
     fifo_path: str, fork_worker: Fork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither is one from a worker that was killed and did not die of it yet."""
-    # As if the signal took its time: it is said to be sent, and is not.
-    monkeypatch.setattr(FileTimerServer, "_reap_worker", lambda self, worker_pid, signal: True)
+    reaped: list[int] = []
+
+    def take_its_time(self: FileTimerServer, worker_pid: int, signal: int) -> bool:
+        """Say that the signal was sent, which has no effect yet."""
+        reaped.append(worker_pid)
+        return True
+
+    monkeypatch.setattr(FileTimerServer, "_reap_worker", take_its_time)
     client = FileTimerClient(fifo_path)
     with running(FileTimerServer(fifo_path, "run", 0.05)) as server:
         worker = fork_worker(overrun, client, 0.1)
         worker.receive()
-        eventually(lambda: server._request_count == 1 and not server._timers)
+        eventually(lambda: reaped and not server._timers)
         for pid in (worker.pid, os.getpid()):
             client._send_request(FileTimerRequest(pid, "late", time.time() + FAR, 9))
         eventually(lambda: server._timers)

@@ -158,7 +158,7 @@ def test_lines_of_concurrent_clients_are_never_mixed(
     """Each request is one atomic write: of four clients' long lines none is torn."""
     clients = [fork_worker(send_long_requests, client, number, 60) for number in range(4)]
     assert [worker.receive() for worker in clients] == ["done"] * 4
-    eventually(lambda: server._request_count == 240)
+    eventually(lambda: server._request_count == len(server._timers) == 240)
     for (pid, scope), request in list(server._timers.items()):
         number, index, tail = scope.split("-")
         assert tail == number * (3000 + int(index))
