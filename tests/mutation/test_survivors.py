@@ -1,0 +1,114 @@
+"""What mutation testing asked for: tests without which a wrong line went unnoticed."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import sys
+import threading
+from typing import Any
+
+import pytest
+
+from elastic_timer import TimerClient, expires
+from elastic_timer._timer_table import TimerTable
+from elastic_timer._wire import decode
+
+
+class Recorder(TimerClient):
+    def __init__(self, failures: int = 0) -> None:
+        self.scopes: list[str] = []
+        self._failures = failures
+
+    def acquire(self, scope_id: str, expiration_time: float) -> None:
+        if self._failures:
+            self._failures -= 1
+            raise BrokenPipeError
+        self.scopes.append(scope_id)
+
+    def release(self, scope_id: str) -> None:
+        pass
+
+
+def test_heap_is_bounded_whatever_empties_the_table() -> None:
+    """One scope acquired over and over, and workers cleared, leave no more than the slack."""
+    table: TimerTable[int, str] = TimerTable()
+    for number in range(1000):
+        table.acquire(0, "same", "request", number)
+        assert len(table._heap) < 100
+    for worker in range(1000):
+        table.acquire(worker, "scope", "request", worker)
+    for worker in range(1000):
+        table.clear(worker)
+    assert len(table._heap) < 100
+
+
+def test_rebuilt_heap_is_in_order() -> None:
+    """After most of many timers were released the rest still come in the order of deadlines."""
+    dice = random.Random(0)
+    table: TimerTable[int, int] = TimerTable()
+    deadlines = dice.sample(range(10_000), 1000)
+    for deadline in deadlines:
+        table.acquire(deadline, "scope", deadline, deadline)
+    left = sorted(deadlines[::5])
+    for deadline in set(deadlines) - set(left):
+        table.release(deadline, "scope")
+    for deadline in left:
+        assert table.next_deadline() == deadline
+        table.release(deadline, "scope")
+
+
+def test_largest_number_is_a_time() -> None:
+    """The largest float there is is finite."""
+    line = f'{{"pid": 2, "scope_id": "", "expiration_time": {sys.float_info.max}, "signal": 9}}'
+    assert decode(line.encode()).expiration_time == sys.float_info.max
+
+
+def test_reason_is_about_the_whole_line() -> None:
+    """A line without any request in it is refused for what it lacks as a whole."""
+    with pytest.raises(ValueError, match="'pid' is missing"):
+        decode(b"{}")
+
+
+def test_failed_entry_can_be_tried_again() -> None:
+    """An `expires` whose acquire failed is not entered."""
+    block = expires(after=5, client=Recorder(failures=1))
+    with pytest.raises(BrokenPipeError):
+        block.__enter__()
+    with block:
+        pass
+
+
+def decorated_later() -> None:
+    """Do nothing."""
+
+
+def test_scope_of_a_decorated_function_is_its_own_place() -> None:
+    """It is where the function is, not where it was decorated; in a thread it says which."""
+    client = Recorder()
+    call = expires(after=5, client=client)(decorated_later)
+    place = f"{__file__}#{decorated_later.__code__.co_firstlineno}"
+    idents: list[int | None] = []
+
+    def in_a_thread() -> None:
+        idents.append(threading.get_ident())
+        call()
+
+    call()
+    thread = threading.Thread(target=in_a_thread)
+    thread.start()
+    thread.join()
+    assert client.scopes == [place, f"{place}@thread-{idents[0]}"]
+
+
+def test_scope_names_the_task() -> None:
+    """In an asyncio task the default scope ends with the task's identity."""
+    client = Recorder()
+
+    async def enter() -> str:
+        async with expires(after=5, client=client):
+            task: Any = asyncio.current_task()
+            return f"@task-{id(task):x}"
+
+    ending = asyncio.run(enter())
+    assert client.scopes[0].partition("@")[2] == ending[1:]
