@@ -68,3 +68,6 @@ if not TYPE_CHECKING:
 
         module = import_module("elastic_timer.local_timer")
         return module if name == "local_timer" else getattr(module, name)
+
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *__all__})
