@@ -37,5 +37,6 @@ def coverage(session: nox.Session) -> None:
         "not use_up_descriptors",
     )
     session.run(*run, *session.posargs)
-    session.run("python", "-m", "coverage", "combine", "-q")
+    # 1: a process that was killed while it wrote has left a file that can't be read.
+    session.run("python", "-m", "coverage", "combine", "-q", success_codes=[0, 1])
     session.run("python", "-m", "coverage", "report")
