@@ -20,9 +20,12 @@ from tests.support import Child, ForkedWorker, child_pids, eventually, open_desc
 
 _FAILED = pytest.StashKey[bool]()
 
-# Under nohup it is ignored, which children would inherit, and `elastic-timer run` respect.
-if hasattr(signal, "SIGHUP"):
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+# Ignored, as nohup and a shell's `&` leave them, they would be for the children of the tests, too,
+# and `elastic-timer run` respects that.
+for _name in ("SIGHUP", "SIGINT", "SIGQUIT"):
+    _number = getattr(signal, _name, None)
+    if _number is not None and signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _name == "SIGINT" else signal.SIG_DFL)
 
 
 @pytest.hookimpl(wrapper=True)
