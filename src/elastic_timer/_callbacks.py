@@ -1,17 +1,71 @@
-"""Calls of other people's code, which may raise and may block."""
+"""Calls of other people's code, which may raise and may block: callbacks and the log's handlers."""
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
-logger = logging.getLogger(__name__)
-
-# How long the callbacks of one round may keep the watchdog from its work, all together.
+# How long the callbacks of one round may keep the watchdog from its work, all together. The same
+# again goes to what the log's handlers take.
 ROUND_ALLOWANCE = 1.0
+
+# What more is logged while a handler of the log blocks is lost: it must not fill the memory.
+_MOST_RECORDS_KEPT = 1000
+
+
+class _ContainedLogger(logging.Logger):
+    """Logs as the logger of its name does, but is neither held up nor ended by what logging calls.
+
+    A handler blocks for good where it writes to a pipe that nobody reads. What filters and record
+    factories raise goes to the caller of other loggers.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self._named = logging.getLogger(name)
+
+    def isEnabledFor(self, level: int) -> bool:
+        return self._named.isEnabledFor(level)
+
+    def makeRecord(self, *args: Any, **kwargs: Any) -> logging.LogRecord:
+        try:
+            return super().makeRecord(*args, **kwargs)
+        except Exception:
+            name, level, path, line, message, values, exc_info, function, _extra, stack = args
+            return logging.LogRecord(
+                name, level, path, line, message, values, exc_info, function, stack
+            )
+
+    def handle(self, record: logging.LogRecord) -> None:
+        if _records.unfinished() < _MOST_RECORDS_KEPT:
+            _records.run(functools.partial(_handle, self._named, record))
+
+
+def contained_logger(name: str) -> logging.Logger:
+    """The logger for what runs on a server's threads.
+
+    Args:
+        name: The name of the logger whose level and handlers count.
+    """
+    return _ContainedLogger(name)
+
+
+def _handle(logger: logging.Logger, record: logging.LogRecord) -> None:
+    try:
+        logger.handle(record)
+    # To log it would come here again.
+    except BaseException:
+        if logging.raiseExceptions:
+            traceback.print_exc()
+
+
+logger = contained_logger(__name__)
 
 
 def run_contained(callback: Callable[[], object]) -> None:
@@ -37,6 +91,10 @@ class Callbacks:
         self._has_thread = False
         self._allowance = ROUND_ALLOWANCE
 
+    def unfinished(self) -> int:
+        """How many callbacks have not returned yet."""
+        return self._unfinished
+
     def begin_round(self) -> None:
         """Grant a new round its patience."""
         self._allowance = ROUND_ALLOWANCE
@@ -51,8 +109,8 @@ class Callbacks:
         started = time.monotonic()
         done, is_next = self._submit(callback)
         limit = self._allowance if patience is None else patience
-        if is_next and not done.wait(limit) and limit > 0:
-            logger.warning("No return within %.1f s, so the watchdog goes on: %r", limit, callback)
+        if is_next and limit > 0 and not done.wait(limit):
+            logger.warning("No return in time, so the watchdog goes on without: %r", callback)
         if patience is None:
             self._allowance = max(0.0, limit - (time.monotonic() - started))
 
@@ -85,3 +143,18 @@ class Callbacks:
             with self._lock:
                 self._unfinished -= 1
             done.set()
+
+
+# Of the process, as logging itself is.
+_records = Callbacks()
+
+
+def begin_round() -> None:
+    """Grant the log's handlers the patience of a new round."""
+    _records.begin_round()
+
+
+def forget_parent() -> None:
+    """Begin anew in a forked child, where the thread is not, and the lock may have been held."""
+    global _records
+    _records = Callbacks()

@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
-import logging
 import os
 import select
 import signal as signals
 from collections.abc import Iterator
 
-logger = logging.getLogger(__name__)
+from elastic_timer._callbacks import contained_logger
+
+logger = contained_logger(__name__)
 
 _NO_PROCESS = -1
 

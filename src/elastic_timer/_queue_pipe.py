@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import logging
 import os
 import pickle
 import select
@@ -19,12 +18,13 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Protocol
 
+from elastic_timer._callbacks import contained_logger
 from elastic_timer._pipe import CAPACITY, PIPE_BUF, UNREACHABLE_AFTER, enlarge, has_room, too_large
 
 if TYPE_CHECKING:
     from typing import TypeGuard
 
-logger = logging.getLogger(__name__)
+logger = contained_logger(__name__)
 
 _SHORT_LENGTH = struct.Struct("!i")
 _LONG_LENGTH = struct.Struct("!Q")

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 import signal as signals
 import time
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from elastic_timer._callbacks import run_contained
+from elastic_timer._callbacks import contained_logger, run_contained
 from elastic_timer._process import refusal, state_of
 
 if TYPE_CHECKING:
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from elastic_timer._worker_timers import WorkerTimers
     from elastic_timer.api import TimerRequest
 
-logger = logging.getLogger(__name__)
+logger = contained_logger(__name__)
 
 _Request = TypeVar("_Request", bound="TimerRequest")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import logging
 import os
 import selectors
 import threading
@@ -14,8 +13,9 @@ from typing import Protocol
 
 # Loaded with the first server: the first worker's end shall not wait for it.
 import elastic_timer._evidence  # noqa: F401
+from elastic_timer import _callbacks
 
-logger = logging.getLogger(__name__)
+logger = _callbacks.contained_logger(__name__)
 
 # The pause after a round that raised: an error that comes back at once must not burn a core.
 _ERROR_PAUSE = 0.1
@@ -108,6 +108,7 @@ class Watchdog:
 
     def run_round(self, one_round: Callable[[], object]) -> None:
         """Run a round of the loop; an error in it is logged, and ends nothing but the round."""
+        _callbacks.begin_round()
         try:
             one_round()
         # Also SystemExit: it would end the watch without a word.
@@ -205,6 +206,7 @@ class Watchdog:
 
 
 def _forget_parents() -> None:
+    _callbacks.forget_parent()
     for watchdog in list(_all_watchdogs):
         watchdog._forget_parent()
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
+from elastic_timer._callbacks import contained_logger
 from elastic_timer._process import ProcessHandle, SpareDescriptor, is_running, refusal
 from elastic_timer._timer_table import TimerTable
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from elastic_timer._watchdog import Watchdog
     from elastic_timer.api import TimerRequest
 
-logger = logging.getLogger(__name__)
+logger = contained_logger(__name__)
 
 _Request = TypeVar("_Request", bound="TimerRequest")
 

@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from elastic_timer._callbacks import contained_logger
+
 if TYPE_CHECKING:
     from types import TracebackType
 
@@ -31,6 +33,8 @@ __all__ = [
 ]
 
 logger: logging.Logger = logging.getLogger(__name__)
+# For what runs on the watchdog's thread, and must not be held up by a handler of the log.
+_watchdog_logger = contained_logger(__name__)
 
 
 class TimerRequest:
@@ -187,7 +191,7 @@ class TimerServer(abc.ABC):
         try:
             return self._reap_worker(worker_id)
         except Exception:
-            logger.exception(
+            _watchdog_logger.exception(
                 "_reap_worker() raised for worker %s, which now counts as reaped; make it return "
                 "False where it should be called again",
                 worker_id,
@@ -205,7 +209,7 @@ class TimerServer(abc.ABC):
         self.register_timers(self._request_queue.get(size, self._max_interval))
         reaped = set()
         for worker_id, timers in self.get_expired_timers(time.time()).items():
-            logger.warning(
+            _watchdog_logger.warning(
                 "Reaping worker %s, whose timers have expired: %s",
                 worker_id,
                 self._get_scopes(timers),
@@ -213,7 +217,9 @@ class TimerServer(abc.ABC):
             if self._reap_worker_no_throw(worker_id):
                 reaped.add(worker_id)
             else:
-                logger.error("Worker %s could not be reaped; trying again next round", worker_id)
+                _watchdog_logger.error(
+                    "Worker %s could not be reaped; trying again next round", worker_id
+                )
         self.clear_timers(reaped)
 
     def _get_scopes(self, timer_requests: list[TimerRequest]) -> list[str]:

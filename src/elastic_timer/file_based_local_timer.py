@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from elastic_timer._callbacks import ROUND_ALLOWANCE, Callbacks, run_contained
+from elastic_timer._callbacks import ROUND_ALLOWANCE, Callbacks, contained_logger, run_contained
 from elastic_timer._fifo import Fifo, read_available
 from elastic_timer._pipe import PIPE_BUF, UNREACHABLE_AFTER, has_room, too_large
 from elastic_timer._process import is_running
@@ -33,6 +33,8 @@ _R = TypeVar("_R")
 __all__ = ["FileTimerClient", "FileTimerRequest", "FileTimerServer"]
 
 logger: logging.Logger = logging.getLogger(__name__)
+# For what runs on the watchdog's thread, and must not be held up by a handler of the log.
+_watchdog_logger = contained_logger(__name__)
 
 # A client whose server can't be reached tries so often.
 _TRIES = 10
@@ -509,9 +511,13 @@ class FileTimerServer:
             except ValueError as error:
                 refused += 1
                 if refused <= _NAMED_LINES:
-                    logger.warning("Dropped a line that is no request: %s: %.100r", error, line)
+                    _watchdog_logger.warning(
+                        "Dropped a line that is no request: %s: %.100r", error, line
+                    )
         if refused > _NAMED_LINES:
-            logger.warning("Dropped %d more lines that are no requests", refused - _NAMED_LINES)
+            _watchdog_logger.warning(
+                "Dropped %d more lines that are no requests", refused - _NAMED_LINES
+            )
         return requests
 
     def _mend_fifo(self) -> None:
@@ -527,7 +533,7 @@ class FileTimerServer:
         except OSError as error:
             self._fifo.remove()  # If it was made and not opened, the next round has to try again.
             if not self._is_cut_off:
-                logger.error(
+                _watchdog_logger.error(
                     "No requests can arrive at %s any more: %s. The timers held are kept; a new "
                     "server is needed",
                     self._file_path,
@@ -535,7 +541,7 @@ class FileTimerServer:
                 )
             self._is_cut_off = True
         else:
-            logger.warning("The FIFO %s was removed; made it anew", self._file_path)
+            _watchdog_logger.warning("The FIFO %s was removed; made it anew", self._file_path)
             self._is_cut_off = False
 
     def _drain_requests(self) -> list[FileTimerRequest]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import logging
 import os
 import pickle
 import queue as queues
@@ -13,7 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any, Protocol
 
 from elastic_timer import _wire
-from elastic_timer._callbacks import ROUND_ALLOWANCE, Callbacks
+from elastic_timer._callbacks import ROUND_ALLOWANCE, Callbacks, contained_logger
 from elastic_timer._process import is_running
 from elastic_timer._queue_pipe import (
     PipeReader,
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalTimerClient", "LocalTimerServer", "MultiprocessingRequestQueue"]
 
-logger: logging.Logger = logging.getLogger(__name__)
+logger = contained_logger(__name__)
 
 # A queue without a pipe of its own can't be waited for together with other things. It is asked at
 # this interval, in seconds, so that a stop and the exits of workers are noticed between.
