@@ -172,12 +172,20 @@ class Watchdog:
             self._wake_fds = None
 
     def _run(self) -> None:
+        has_died = False
         try:
             self._owner._watchdog_loop()
+        # A loop of somebody's own, or no memory even to log an error of a round.
+        except BaseException:
+            has_died = True
+            logger.exception(
+                "The watchdog has died; nobody is watched until the server starts anew"
+            )
         finally:
             with self._lock:
                 self._loop_has_ended = True
-                if self._thread_releases:
+                # Left open by a watchdog that died, the way in would swallow what clients send.
+                if self._thread_releases or has_died:
                     self._owner._release_resources()
 
     def _open(self) -> selectors.BaseSelector:

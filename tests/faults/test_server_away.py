@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -140,3 +141,33 @@ def test_timers_of_a_stopped_server_are_forgotten(
         sentinel = fork_worker(overrun, file_link.client, deadline - time.monotonic() + 0.3)
         assert_reaped_in_time(sentinel, sentinel.receive())
         assert worker.process.is_alive()
+
+
+class Mortal(FileTimerServer):
+    """A server whose loop is somebody's own, and ends with an error when it is told to."""
+
+    is_told_to_die = False
+
+    def _watchdog_loop(self) -> None:
+        while not self._stop_signaled:
+            self._watchdog.wait(FAR)
+            if self.is_told_to_die:
+                raise RuntimeError("told to die")
+
+
+def test_watchdog_that_dies_is_not_silent(fifo_path: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The log says so, clients are told within about a second, and the server can start anew."""
+    client = Link("file", fifo_path).client
+    with Mortal(fifo_path, "run") as server:
+        client.acquire("block", time.time() + FAR)
+        server.is_told_to_die = True
+        server._watchdog.wake()
+        eventually(lambda: not os.path.exists(fifo_path))
+        assert "The watchdog has died" in caplog.text
+        started = time.monotonic()
+        with pytest.raises(BrokenPipeError):
+            client.acquire("block", time.time() + FAR)
+        assert time.monotonic() - started < 1 + ALLOWED_LATENESS
+        server.is_told_to_die = False
+        server.start()
+        client.acquire("block", time.time() + FAR)
