@@ -33,7 +33,7 @@ from tests.soak import workers
 from tests.soak.workers import Record, Stage, records_in
 from tests.support import ForkedWorker, child_pids, eventually
 
-ALIVE = 48
+ALIVE = 60
 """How many workers are kept alive."""
 
 FEWEST_ALIVE = 40
