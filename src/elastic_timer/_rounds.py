@@ -227,5 +227,5 @@ class Rounds(Generic[_Request]):
         if deadline is not None:
             due.append(deadline)
         if self._workers.has_unwatched():
-            due.append(time.monotonic() + _RETRY)
+            due.append(self._looked_until + _RETRY)
         return min(due, default=float("inf"))
