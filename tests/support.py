@@ -6,12 +6,14 @@ import contextlib
 import json
 import multiprocessing
 import os
+import resource
 import selectors
 import signal
 import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -282,6 +284,30 @@ def running(server: _S) -> Iterator[_S]:
         yield server
     finally:
         server.stop()
+
+
+@contextlib.contextmanager
+def no_more_descriptors() -> Iterator[None]:
+    """Let this process open nothing; what is open stays so."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    # Not lower: poll(2) refuses to wait for more descriptors than the limit.
+    lowest_free = os.dup(0)
+    os.close(lowest_free)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@contextlib.contextmanager
+def no_more_threads() -> Iterator[None]:
+    """Let this process start no thread: there is no room for stacks as large as this."""
+    before = threading.stack_size(1 << 60)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
 
 
 def overrun(channel: Any, client: TimerClient, after: float) -> None:

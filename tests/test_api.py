@@ -714,6 +714,14 @@ def test_stop_ends_the_loop(counting_server: CountingServer) -> None:
     counting_server.stop()
 
 
+def test_starting_twice_does_no_harm(counting_server: CountingServer) -> None:
+    """A second `start()` changes nothing: the thread stays the only one."""
+    counting_server.start()
+    threads = set(threading.enumerate())
+    counting_server.start()
+    assert set(threading.enumerate()) == threads
+
+
 def test_stop_without_start() -> None:
     """A server that was never started can be stopped."""
     RecordingServer([], {}).stop()

@@ -104,6 +104,50 @@ def test_exit_status_survives_an_ignored_sigchld(run: Callable[..., Child]) -> N
     assert run("--", "sh", "-c", "exit 7", source=source).wait() == 7
 
 
+def test_max_interval_is_the_servers(run: Callable[..., Child]) -> None:
+    """`--max-interval` is the longest pause between two rounds; without it that is 10 s."""
+    source = f"""
+        from elastic_timer import _cli
+
+        class Server(_cli.FileTimerServer):
+            def start(self):
+                print(self._max_interval, flush=True)
+                super().start()
+
+        _cli.FileTimerServer = Server
+        {CLI}
+        """
+    for options, interval in (([], "10.0"), (["--max-interval", "7.5"], "7.5")):
+        child = run(*options, "--", "true", source=source)
+        assert child.readline() == interval
+        assert child.wait() == 0
+
+
+def test_command_that_was_stopped_is_waited_for(run: Callable[..., Child]) -> None:
+    """SIGCHLD, which tells of a stop, too, is no end: COMMAND's status is its last."""
+    source = f"""
+        import os
+        waitpid = os.waitpid
+
+        def tell(pid, options):
+            ended, status = waitpid(pid, options)
+            print("ended" if ended else "not yet", flush=True)
+            return ended, status
+
+        os.waitpid = tell
+        {CLI}
+        """
+    stop = "import os, signal; print(os.getpid(), flush=True); os.kill(os.getpid(), signal.SIGSTOP)"
+    child = run("--", *python(f"{stop}; os._exit(7)"), source=source)
+    pid = int(child.readline())
+    assert child.readline() == "not yet"
+    os.kill(pid, signal.SIGCONT)
+    while (line := child.readline()) == "not yet":  # Some systems tell of that, too.
+        pass
+    assert line == "ended"
+    assert child.wait() == 7
+
+
 # --- wrong usage
 
 

@@ -9,11 +9,12 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from elastic_timer import _demo
-from tests.support import Child, child_pids
+from elastic_timer import FileTimerClient, FileTimerServer, _demo, configure
+from tests.support import ALLOWED_LATENESS, Child, ForkedWorker, child_pids, running
 
 DEMO = "import sys; from elastic_timer._cli import main; sys.exit(main(['demo']))"
 SOURCE = Path(_demo.__file__).read_text().splitlines()
@@ -117,3 +118,33 @@ def test_demo_interrupted(spawn: Callable[..., Child], tmp_path: Path) -> None:
     assert child.wait() == 130
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
     assert list(tmp_path.iterdir()) == []
+
+
+def hang_until_signalled(channel: Any, fifo_path: str, hang: Callable[[], None]) -> None:
+    """Hang as a worker of the demo does, but live on to tell how many seconds that took."""
+
+    def interrupt(*_: object) -> None:
+        raise InterruptedError
+
+    signal.signal(signal.SIGUSR1, interrupt)
+    configure(FileTimerClient(fifo_path, signal.SIGUSR1))
+    entered = time.monotonic()
+    with contextlib.suppress(InterruptedError):
+        hang()
+    channel.send(time.monotonic() - entered)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+@pytest.mark.parametrize(("hang", "after"), [(_demo.overslept, 1.0), (_demo.stuck_in_c, 1.5)])
+def test_stuck_worker_hangs_until_its_deadline(
+    hang: Callable[[], None],
+    after: float,
+    fifo_path: str,
+    fork_worker: Callable[..., ForkedWorker],
+) -> None:
+    """Of itself it would stay for a minute; the signal at its deadline ends that."""
+    with running(FileTimerServer(fifo_path, "run")):
+        worker = fork_worker(hang_until_signalled, fifo_path, hang)
+        seconds = worker.receive()
+        assert worker.wait() == 0
+    assert after <= seconds < after + ALLOWED_LATENESS

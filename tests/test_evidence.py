@@ -542,6 +542,23 @@ exit 1"""
         assert len(started_pids) == 2
         eventually(lambda: not any(map(is_alive, started_pids)))
 
+    def test_hanging_where_there_are_no_process_groups(
+        self,
+        stuck: Callable[[str], Child],
+        caplog: pytest.LogCaptureFixture,
+        stand_in: Callable[[str], Path],
+        monkeypatch: pytest.MonkeyPatch,
+        tmp_path: Path,
+    ) -> None:
+        """There a py-spy that never ends is killed by itself."""
+        child = stuck("asleep")
+        pid = tmp_path / "pid"
+        stand_in(f"echo $$ > {pid}; exec sleep 600")
+        monkeypatch.delattr(os, "killpg")
+        set_stacks_timeout(0.5)
+        assert log_one(caplog, child.pid).timer_stacks_missing == "py-spy did not end in time"
+        assert not is_alive(int(pid.read_text()))
+
     def test_its_output_counts_though_its_pipe_stays_open(
         self,
         stuck: Callable[[str], Child],

@@ -25,6 +25,7 @@ from elastic_timer import (
     expires,
     file_based_local_timer,
 )
+from elastic_timer._fifo import Fifo
 from elastic_timer.file_based_local_timer import _retry
 from tests.support import (
     FAR,
@@ -144,6 +145,9 @@ def test_file_request_fields() -> None:
     assert FileTimerRequest(
         worker_pid=12, scope_id="s", expiration_time=1.5, signal=9
     ) != FileTimerRequest(12, "s", 1.5, 15)
+    assert repr(FileTimerRequest(12, "s", 1.5, 9)) == (
+        "FileTimerRequest(worker_id=12, scope_id='s', expiration_time=1.5, signal=9)"
+    )
 
 
 def send_long_requests(channel: Any, client: FileTimerClient, number: int, count: int) -> None:
@@ -202,6 +206,53 @@ def test_server_that_appears_within_the_second_is_found(
     with running(FileTimerServer(fifo_path, "run", 0.05)) as server:
         eventually(lambda: (os.getpid(), "early") in server._timers)
         thread.join()
+
+
+LONG = "x" * 3000  # Two of these fit in no page of a pipe.
+
+
+def fill(client: FileTimerClient) -> tuple[str, float]:
+    """Send until that fails; what the client says then, and how many seconds it took to."""
+    while True:
+        started = time.monotonic()
+        try:
+            client.acquire(LONG, time.time() + FAR)
+        except BrokenPipeError as error:
+            return str(error), time.monotonic() - started
+
+
+def test_full_pipe_is_a_broken_pipe_after_a_second(reader: int, client: FileTimerClient) -> None:
+    """A client whose server does not read waits for about a second, then says so."""
+    told, seconds = fill(client)
+    assert "does not read" in told
+    assert 0.85 <= seconds < 5
+
+
+def test_server_that_dies_with_its_pipe_full_is_outlived(
+    fifo_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that waits for room as its server goes sends its request to the next one."""
+    waiting = threading.Event()
+    real_has_room = file_based_local_timer.has_room
+
+    def has_room(fd: int, timeout: float) -> bool:
+        waiting.set()
+        return real_has_room(fd, timeout)
+
+    client = FileTimerClient(fifo_path)
+    os.mkfifo(fifo_path)
+    first = os.open(fifo_path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        fill(client)
+        monkeypatch.setattr(file_based_local_timer, "has_room", has_room)
+        late = threading.Thread(target=client.acquire, args=(LONG, time.time() + FAR))
+        late.start()
+        assert waiting.wait(20)
+    finally:
+        os.close(first)
+    with running(FileTimerServer(fifo_path, "run")) as server:
+        late.join()
+        eventually(lambda: list(server._timers) == [(os.getpid(), LONG)])
 
 
 def largest_scope(expiration_time: float) -> int:
@@ -462,6 +513,74 @@ def test_missing_folder_fails_at_the_call(tmp_path: Path) -> None:
         FileTimerServer(path, "run")
 
 
+@pytest.mark.parametrize(
+    "option", [{"max_interval": 0}, {"max_interval": float("nan")}, {"kill_after": 0}]
+)
+def test_time_that_is_none_fails_at_the_call(fifo_path: str, option: dict[str, float]) -> None:
+    """A time of nothing is an error that names the argument; no FIFO is made."""
+    with pytest.raises(ValueError, match=f"{next(iter(option))} must be a positive number"):
+        FileTimerServer(fifo_path, "run", **option)  # type: ignore[arg-type]
+    assert not os.path.exists(fifo_path)
+
+
+def test_fifo_that_is_not_open_has_no_descriptor(fifo_path: str) -> None:
+    """Between `start()` and `stop()` alone there is one to read from."""
+    fifo = Fifo(fifo_path)
+    with pytest.raises(ValueError, match=r"timers\.fifo is not open"):
+        fifo.fileno()
+    fifo.open()
+    fifo.fileno()
+    fifo.close()
+    with pytest.raises(ValueError, match="is not open"):
+        fifo.fileno()
+    fifo.remove()
+
+
+def test_removed_fifo_is_made_again(
+    server: FileTimerServer,
+    fifo_path: str,
+    client: FileTimerClient,
+    fork_worker: Fork,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Held timers are kept, and clients find the new one."""
+    client.acquire("held", time.time() + FAR)
+    eventually(lambda: server._timers)
+    os.unlink(fifo_path)
+    worker = fork_worker(overrun, client, 1)
+    assert_reaped_in_time(worker, worker.receive())
+    assert (os.getpid(), "held") in server._timers
+    assert f"The FIFO {fifo_path} was removed; made it anew" in caplog.text
+
+
+def test_replaced_fifo_is_one_error(
+    server: FileTimerServer,
+    fifo_path: str,
+    client: FileTimerClient,
+    fork_worker: Fork,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However often it is looked for; with the path free again the server serves on."""
+
+    def errors() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+    os.unlink(fifo_path)
+    Path(fifo_path).touch()
+    (error,) = eventually(errors)
+    assert "something else was put in its place" in error
+    looks = threading.Semaphore(0)
+    is_missing = server._fifo.is_missing
+    monkeypatch.setattr(server._fifo, "is_missing", lambda: looks.release() or is_missing())
+    for _ in range(2):
+        assert looks.acquire(timeout=20)
+    os.unlink(fifo_path)
+    worker = fork_worker(overrun, client, 1)
+    assert_reaped_in_time(worker, worker.receive())
+    assert errors() == [error]
+
+
 def test_platform_without_fifos(spawn: Spawn, fifo_path: str) -> None:
     """Without `os.mkfifo` the import works, and the server is a clear error."""
     child = spawn(
@@ -705,6 +824,34 @@ def test_reap_worker_says_whether_it_is_done(fifo_path: str, fork_worker: Fork) 
     assert worker.wait() == -signal.SIGTERM
     assert server._reap_worker(worker.pid, signal.SIGTERM) is True
     server.stop()
+
+
+def test_reap_self_is_a_signal_that_can_be_handled(
+    spawn: Spawn, fifo_path: str, fork_worker: Fork
+) -> None:
+    """With it the server's process, too, has the worker's signal, and may end as it likes."""
+    child = spawn(
+        """
+        import signal, sys, elastic_timer
+
+        def leave(number, frame):
+            signal.signal(number, signal.SIG_IGN)  # It comes in every round from now on.
+            sys.exit(number)
+
+        signal.signal(signal.SIGUSR1, leave)
+        with elastic_timer.FileTimerServer(sys.argv[1], "run", reap_self=True):
+            print("started", flush=True)
+            while True:
+                signal.pause()
+        """,
+        fifo_path,
+    )
+    assert child.readline() == "started"
+    worker = fork_worker(overrun, FileTimerClient(fifo_path, signal.SIGUSR1), 0.2)
+    worker.receive()
+    assert worker.wait() == -signal.SIGUSR1
+    assert child.wait() == signal.SIGUSR1, child.stderr_text()
+    assert not os.path.exists(fifo_path)
 
 
 def test_each_reap_is_one_warning(

@@ -10,6 +10,7 @@ import pickle
 import queue
 import select
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -378,6 +379,13 @@ def test_defaults_of_the_server(mp_queue: Any) -> None:
     server.stop()
 
 
+@pytest.mark.parametrize("seconds", [0, -1, float("nan")])
+def test_max_interval_must_be_positive(mp_queue: Any, seconds: float) -> None:
+    """A pause between rounds that is none is an error at the call."""
+    with pytest.raises(ValueError, match="max_interval must be a positive number"):
+        LocalTimerServer(mp_queue, seconds)
+
+
 def test_starting_twice_does_no_harm(mp_queue: Any, fork_worker: Fork) -> None:
     """A second `start()` changes nothing: one thread, and workers are reaped as before."""
     with running(LocalTimerServer(mp_queue, 0.05)) as server:
@@ -511,6 +519,19 @@ def test_requests_of_another_class_count(mp_queue: Any) -> None:
         eventually(lambda: list(server._timers) == [(os.getpid(), "foreign")])
         mp_queue.put(ForeignRequest(os.getpid(), "foreign", -1))
         eventually(lambda: not server._timers)
+
+
+def test_request_of_upstreams_needs_no_upstream(mp_queue: Any) -> None:
+    """A worker's torch may send its requests to a server that has no torch to load them with."""
+    assert "torch" not in sys.modules
+    # Forged: pickled is the name of the class, which would have to be found for that.
+    ours = pickle.dumps(TimerRequest(os.getpid(), "theirs", 1.0), protocol=2)
+    theirs = ours.replace(b"elastic_timer.api\n", b"torch.distributed.elastic.timer.api\n")
+    assert theirs != ours
+    mp_queue._writer.send_bytes(theirs)
+    (request,) = MultiprocessingRequestQueue(mp_queue).get(1, 5)
+    assert type(request) is TimerRequest
+    assert request == TimerRequest(os.getpid(), "theirs", 1.0)
 
 
 def explode() -> None:

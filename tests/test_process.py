@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 
 from elastic_timer import _process
-from elastic_timer._process import ProcessHandle, is_running, refusal
-from tests.support import ForkedWorker, eventually, is_alive, wait_dead
+from elastic_timer._process import ProcessHandle, SpareDescriptor, is_running, refusal, state_of
+from tests.support import ForkedWorker, eventually, is_alive, no_more_descriptors, wait_dead
 
 # Forking beside other threads is what servers live with; Python warns of it since 3.12.
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -188,6 +188,25 @@ def test_without_descriptors_the_number_is_used(worker: ForkedWorker, fork_worke
     assert worker.wait() == -signal.SIGTERM
 
 
+@pytest.mark.skipif(not HAS_PROC, reason="no /proc on this system")
+def test_spare_descriptor(worker: ForkedWorker) -> None:
+    """Kept open, it lets /proc be read when there is no other; given back, nothing does."""
+    spare = SpareDescriptor()
+    with no_more_descriptors():
+        assert state_of(worker.pid) == "unknown"
+        with spare.lent():
+            assert state_of(worker.pid) in "RS"
+        assert state_of(worker.pid) == "unknown"
+        with spare.lent():  # It came back.
+            assert state_of(worker.pid) in "RS"
+            taken = os.dup(0)  # Somebody is faster than it.
+        with spare.lent():
+            assert state_of(worker.pid) == "unknown"
+        os.close(taken)
+        spare.close()
+    spare.close()
+
+
 @contextlib.contextmanager
 def failing_pidfd_open(monkeypatch: pytest.MonkeyPatch, number: int) -> Iterator[None]:
     def fail(pid: int, flags: int = 0) -> int:
@@ -254,6 +273,34 @@ def test_is_running(worker: ForkedWorker, way: str) -> None:
     assert not is_running(worker.pid)
 
 
+def ask_as_nobody(channel: Any) -> None:
+    """Ask for the init process, of which nothing but kill(2) tells."""
+    was_root = os.getuid() == 0
+    if was_root:
+        with contextlib.suppress(OSError):
+            os.setresuid(NOBODY, NOBODY, 0)
+    may_signal = True
+    try:
+        os.kill(1, 0)
+    except PermissionError:
+        may_signal = False
+    channel.send((may_signal, is_running(1)))
+    if was_root:
+        os.setresuid(0, 0, 0)
+
+
+def test_another_users_process_runs(monkeypatch: pytest.MonkeyPatch, fork_worker: Fork) -> None:
+    """By its number alone, a process that we may not signal is one that runs."""
+    monkeypatch.delattr(os, "pidfd_open", raising=False)
+    monkeypatch.setattr(_process, "stat_of", lambda pid: None)
+    asking = fork_worker(ask_as_nobody)
+    may_signal, runs = asking.receive()
+    assert asking.wait() == 0
+    if may_signal:
+        pytest.skip("this system lets a process become no other user than init's")
+    assert runs
+
+
 def test_stopped_process_runs(worker: ForkedWorker, way: str) -> None:
     """A process that was stopped has not ended."""
     os.kill(worker.pid, signal.SIGSTOP)
@@ -290,6 +337,26 @@ def test_others_are_not_refused(worker: ForkedWorker) -> None:
     """Workers and groups of workers may be signalled, and so may the server's parent."""
     for pid in (worker.pid, -3, -worker.pid, os.getppid() if os.getppid() > 1 else worker.pid):
         assert refusal(pid) is None
+
+
+@pytest.mark.skipif(not HAS_PROC, reason="no /proc on this system")
+def test_thread_of_the_server_is_refused() -> None:
+    """kill(2) on a thread's number hits all of its process."""
+    numbers: list[int] = []
+    done = threading.Event()
+
+    def tell() -> None:
+        numbers.append(threading.get_native_id())
+        done.wait()
+
+    thread = threading.Thread(target=tell)
+    thread.start()
+    try:
+        reason = refusal(eventually(lambda: numbers)[0])
+    finally:
+        done.set()
+        thread.join()
+    assert reason == "it is a thread of the server's own process"
 
 
 def refusal_of_own(channel: Any) -> None:

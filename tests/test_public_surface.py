@@ -214,3 +214,11 @@ def test_imports_without(spawn: Callable[..., Child], tmp_path: Path, capability
         if "os.mkfifo" in TAKEN_AWAY[capability]
         else "made a server",
     ]
+
+
+def test_names_that_are_loaded_when_asked_for_are_listed() -> None:
+    """`dir()` has all public names, so that a prompt completes them; a misspelt one is an error."""
+    assert set(elastic_timer.__all__) <= set(dir(elastic_timer))
+    assert dir(elastic_timer) == sorted(set(dir(elastic_timer)))
+    with pytest.raises(AttributeError, match="no attribute 'LocalTimerSever'"):
+        _ = elastic_timer.LocalTimerSever

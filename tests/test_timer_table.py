@@ -132,6 +132,14 @@ def test_acquired_anew_only_the_last_deadline_counts(table: TimerTable[Any, str]
     assert table.next_deadline() is None
 
 
+def test_next_deadline_after_a_time(table: TimerTable[Any, str]) -> None:
+    """The earliest of those later than it, in whichever order they came."""
+    for scope, deadline in (("first", 1.0), ("third", 3.0), ("second", 2.0)):
+        table.acquire("worker", scope, scope, deadline)
+    assert table.next_deadline() == 1.0
+    assert [table.next_deadline(after) for after in (0.5, 1.0, 2.0, 3.0)] == [1.0, 2.0, 3.0, None]
+
+
 def test_unknown_key_is_a_key_error(table: TimerTable[Any, str]) -> None:
     """The error names the whole key, for an unknown worker and for an unknown scope."""
     table.acquire(1, "a", "request", 5.0)

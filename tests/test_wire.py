@@ -189,6 +189,12 @@ def test_what_upstream_tolerates_is_tolerated(change: dict[str, Any]) -> None:
     assert decode(json.dumps(value).encode()) == Fields(*(value[key] for key in KEYS))
 
 
+def test_nesting_without_end_is_refused() -> None:
+    """A line that is nested deeper than Python's parser follows is no request either."""
+    with pytest.raises(ValueError, match="nested too deeply"):
+        decode(b"[" * 500_000)
+
+
 def test_version_may_be_missing() -> None:
     """Upstream's server never looks at it."""
     line = json.dumps({key: VALID[key] for key in KEYS}).encode()

@@ -321,9 +321,8 @@ def _kill(dump: subprocess.Popen[bytes]) -> None:
             os.killpg(dump.pid, signal.SIGKILL)
         else:
             dump.kill()
-    for pipe in (dump.stdout, dump.stderr):
-        if pipe is not None:
-            pipe.close()
+    for pipe in filter(None, (dump.stdout, dump.stderr)):
+        pipe.close()
     with contextlib.suppress(subprocess.TimeoutExpired):
         dump.wait(timeout=0.3)
 

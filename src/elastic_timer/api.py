@@ -257,8 +257,8 @@ class TimerServer(abc.ABC):
     def _release_resources(self) -> None:
         self._watchdog.close()
 
-    def _forget_parent(self) -> None:
-        self._stop_signaled = False
+    def _forget_parent(self) -> None:  # noqa: B027 - most subclasses have nothing to add.
+        """A forked child inherits nothing that this class has opened."""
 
 
 class _Unset:

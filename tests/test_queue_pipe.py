@@ -1,0 +1,125 @@
+"""The pipe inside a queue: frames that come in pieces, and a client that can't open it anew."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from elastic_timer import LocalTimerClient, MultiprocessingRequestQueue, TimerRequest, _queue_pipe
+from tests.support import FAR, no_more_descriptors
+
+
+@pytest.fixture
+def mp_queue() -> Iterator[Any]:
+    """A queue whose pipe is closed with it."""
+    queue: Any = multiprocessing.get_context("fork").Queue()
+    yield queue
+    queue.close()
+    queue._writer.close()
+
+
+def scopes(requests: list[TimerRequest]) -> list[str]:
+    return [request.scope_id for request in requests]
+
+
+# Reading ----------------------------------------------------------------------------------------
+
+
+def short_frame(pickled: bytes) -> bytes:
+    return struct.pack("!i", len(pickled)) + pickled
+
+
+def long_frame(pickled: bytes) -> bytes:
+    """As multiprocessing writes what a signed 32-bit integer can't count."""
+    return struct.pack("!iQ", -1, len(pickled)) + pickled
+
+
+@pytest.mark.parametrize("frame", [short_frame, long_frame])
+def test_frame_in_pieces(mp_queue: Any, frame: Callable[[bytes], bytes]) -> None:
+    """Wherever a frame was cut, it is a request once all of it is there, and not before."""
+    requests = MultiprocessingRequestQueue(mp_queue)
+    data = frame(pickle.dumps(TimerRequest(os.getpid(), "in pieces", 1.0)))
+    pipe = mp_queue._writer.fileno()
+    for cut in range(1, len(data)):
+        os.write(pipe, data[:cut])
+        assert requests.get(1, 0) == []
+        os.write(pipe, data[cut:])
+        assert scopes(requests.get(1, 5)) == ["in pieces"]
+
+
+@pytest.mark.parametrize(
+    "rubbish", [struct.pack("!i", -2), struct.pack("!i", 1 << 30), struct.pack("!iQ", -1, 1 << 62)]
+)
+def test_what_is_no_frame(mp_queue: Any, rubbish: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    """A length that nothing has is dropped with all behind it that has arrived; the next counts."""
+    requests = MultiprocessingRequestQueue(mp_queue)
+    client = LocalTimerClient(mp_queue)
+    client.acquire("before", 1.0)
+    os.write(mp_queue._writer.fileno(), rubbish + b"lost")
+    assert scopes(requests.get(2, 0)) == ["before"]
+    assert [record.getMessage() for record in caplog.records] == [
+        f"Dropped {len(rubbish + b'lost')} bytes from the queue: no request"
+    ]
+    client.acquire("after", 1.0)
+    assert scopes(requests.get(1, 5)) == ["after"]
+
+
+# Writing where the pipe can't be opened anew ----------------------------------------------------
+
+
+def fill(client: LocalTimerClient) -> tuple[int, float]:
+    """Send until that fails; how many were sent, and how many seconds the failure took."""
+    sent = 0
+    while True:
+        started = time.monotonic()
+        try:
+            client.acquire("x" * 3000, time.time() + FAR)
+        except BrokenPipeError:
+            return sent, time.monotonic() - started
+        sent += 1
+
+
+def test_full_pipe_that_could_block_costs_a_second(mp_queue: Any) -> None:
+    """Through the descriptor that all share, which blocks, a client is told all the same."""
+    with no_more_descriptors():
+        sent, waited = fill(LocalTimerClient(mp_queue))
+    assert 0.5 < waited < 5
+    assert sent > 10
+    assert os.get_blocking(mp_queue._writer.fileno())
+    for _ in range(sent):
+        assert mp_queue.get(timeout=5).scope_id == "x" * 3000
+    assert mp_queue.empty()
+
+
+def test_full_pipe_that_could_block_only_delays(
+    mp_queue: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that waits for room there sends its request when the queue is read again."""
+    waiting = threading.Event()
+    real_has_room = _queue_pipe.has_room
+
+    def has_room(fd: int, timeout: float) -> bool:
+        if timeout > 0:
+            waiting.set()
+        return real_has_room(fd, timeout)
+
+    client = LocalTimerClient(mp_queue)
+    with no_more_descriptors():
+        sent, _ = fill(client)
+        monkeypatch.setattr(_queue_pipe, "has_room", has_room)
+        late = threading.Thread(target=client.acquire, args=("late", time.time() + FAR))
+        late.start()
+        try:
+            assert waiting.wait(20)
+            received = [mp_queue.get(timeout=5).scope_id for _ in range(sent + 1)]
+        finally:
+            late.join()
+    assert received[-1] == "late"
