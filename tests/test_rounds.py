@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -14,6 +15,7 @@ import pytest
 
 from elastic_timer import FileTimerClient, FileTimerRequest, FileTimerServer, _rounds
 from elastic_timer.debug_info_logging import add_debug_info_handler, remove_debug_info_handler
+from tests.faults.support import Link
 from tests.support import (
     FAR,
     ForkedWorker,
@@ -111,6 +113,45 @@ def test_hook_may_name_a_worker_that_never_asked(fifo_path: str, fork_worker: Fo
         server.added = (worker.pid,)
         assert worker.wait() == -signal.SIGKILL
         eventually(lambda: "kill worker process" in events)
+
+
+# Requests that arrive during a round -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["file", "queue"])
+def test_overdue_timer_from_another_thread(kind: str, fifo_path: str, fork_worker: Fork) -> None:
+    """Registered while the server waits, it is looked at now, not at the end of the wait."""
+    with contextlib.closing(Link(kind, fifo_path)) as link, running(link.server(60)) as server:
+        for _ in range(3):
+            worker = fork_worker(wait_to_be_killed)
+            overdue = time.time() - 1
+            server.register_timers([FileTimerRequest(worker.pid, "block", overdue, signal.SIGKILL)])
+            assert worker.wait(5) == -signal.SIGKILL
+
+
+def test_requests_that_arrive_between_two_reaps(
+    fifo_path: str, fork_worker: Fork, client: FileTimerClient
+) -> None:
+    """One that is overdue is not put off, and one of a worker that was left alone counts."""
+    reported, stuck, late = (fork_worker(wait_to_be_killed) for _ in range(3))
+    now = time.time()
+
+    def send_more(name: str, request: FileTimerRequest | None) -> None:
+        if name == "timer expired" and request is not None and request.scope_id == "only reported":
+            client._send_request(FileTimerRequest(reported.pid, "next", now + FAR, signal.SIGKILL))
+            client._send_request(FileTimerRequest(late.pid, "overdue", now - 9, signal.SIGKILL))
+
+    with running(FileTimerServer(fifo_path, "run", 60, log_event=send_more)) as server:
+        server.register_timers(
+            [
+                FileTimerRequest(reported.pid, "only reported", now - 2),
+                FileTimerRequest(stuck.pid, "stuck", now - 1, signal.SIGKILL),
+            ]
+        )
+        assert stuck.wait(5) == -signal.SIGKILL
+        assert late.wait(5) == -signal.SIGKILL
+        eventually(lambda: list(server._timers) == [(reported.pid, "next")])
+        assert is_alive(reported)
 
 
 # Workers that are gone --------------------------------------------------------------------------

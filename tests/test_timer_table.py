@@ -27,6 +27,7 @@ class AgainstADictionary(RuleBasedStateMachine):
         self.model: dict[tuple[int, str], tuple[float, int, object]] = {}
         self.serial = 0
         self.now = 0.0
+        self.looked_at = 0
 
     @rule(worker=WORKERS, scope=SCOPES, deadline=TIMES)
     def acquire(self, worker: int, scope: str, deadline: float) -> None:
@@ -54,6 +55,10 @@ class AgainstADictionary(RuleBasedStateMachine):
     @rule(now=TIMES)
     def set_time(self, now: float) -> None:
         self.now = now
+
+    @rule()
+    def look(self) -> None:
+        self.looked_at = self.table.acquires()
 
     @rule(times=st.integers(60, 200))
     def acquire_and_release_often(self, times: int) -> None:
@@ -91,6 +96,14 @@ class AgainstADictionary(RuleBasedStateMachine):
         assert self.table.next_deadline() == min(deadlines, default=None)
         later = [deadline for deadline in deadlines if deadline > self.now]
         assert self.table.next_deadline(after=self.now) == min(later, default=None)
+        assert self.table.acquires() == self.serial
+        later_or_new = [
+            deadline
+            for deadline, serial, _ in self.model.values()
+            if deadline > self.now or serial > self.looked_at
+        ]
+        found = self.table.next_deadline(self.now, self.looked_at)
+        assert found == min(later_or_new, default=None)
 
     @invariant()
     def heap_stays_small(self) -> None:
@@ -138,6 +151,17 @@ def test_next_deadline_after_a_time(table: TimerTable[Any, str]) -> None:
         table.acquire("worker", scope, scope, deadline)
     assert table.next_deadline() == 1.0
     assert [table.next_deadline(after) for after in (0.5, 1.0, 2.0, 3.0)] == [1.0, 2.0, 3.0, None]
+
+
+def test_next_deadline_of_a_new_timer(table: TimerTable[Any, str]) -> None:
+    """One that was overdue when it came counts until it is no longer new."""
+    table.acquire("worker", "known", "request", 1.0)
+    known = table.acquires()
+    assert table.next_deadline(5.0, known) is None
+    table.acquire("worker", "new", "request", 2.0)
+    table.acquire("worker", "later", "request", 6.0)
+    assert table.next_deadline(5.0, known) == 2.0
+    assert table.next_deadline(5.0, table.acquires()) == 6.0
 
 
 def test_unknown_key_is_a_key_error(table: TimerTable[Any, str]) -> None:

@@ -98,9 +98,11 @@ class Rounds(Generic[_Request]):
         self._max_interval = max_interval
         self._kill_after = kill_after
         self._exited: list[int] = []
-        # Up to this monotonic time every deadline was looked at: what is due before it and still
-        # held waits for its retry, and must not keep the watchdog awake.
+        # Of the timers acquired up to this number, every deadline up to this monotonic time was
+        # looked at: those that are still held wait for their retry, and must not keep the watchdog
+        # awake. One that was overdue when it came has not been looked at.
         self._looked_until = 0.0
+        self._looked_at_acquires = 0
         self._retry_at: dict[int, float] = {}
         # Signalled, and not gone yet: the signal, and until when they are given time.
         self._signalled: dict[int, tuple[int, float]] = {}
@@ -127,26 +129,32 @@ class Rounds(Generic[_Request]):
         """Forget the workers that are gone, reap those whose deadline is over."""
         exited, self._exited = self._exited, []
         self._workers.drop_exited(exited)
-        now = time.monotonic()
+        self._looked_until = now = time.monotonic()
+        self._looked_at_acquires = self._workers.table.acquires()
         expired = self._server.get_expired_timers(time.time())
-        self._looked_until = now
         self._retry_at = {pid: at for pid, at in self._retry_at.items() if pid in expired}
         due = [pid for pid in expired if self._retry_at.get(pid, now) <= now]
         fresh = {pid: expired[pid] for pid in due if pid not in self._retry_at}
         # Contained: whatever is wrong with the report, the workers are reaped.
         run_contained(lambda: self._server._report_expired(fresh))
-        reaped = set()
+        reaped: set[int] = set()
         for pid in due:
             # A release that was written before the signal is honoured, however late it comes.
             last_minute = self._server._drain_requests()
             if last_minute:
+                # First, or it would drop what a worker that lives on has acquired since.
+                self._clear(reaped)
                 self._server.register_timers(last_minute)
                 expired = self._server.get_expired_timers(time.time())
             if pid in expired and self._reap(pid, expired[pid]):
                 reaped.add(pid)
-        if reaped:
-            self._server.clear_timers(reaped)
+        self._clear(reaped)
         self._follow_up()
+
+    def _clear(self, reaped: set[int]) -> None:
+        if reaped:
+            self._server.clear_timers(set(reaped))
+            reaped.clear()
 
     def _reap(self, pid: int, timers: list[_Request]) -> bool:
         """Do with a worker what its expired timers ask for; False if it has to be tried again."""
@@ -223,7 +231,7 @@ class Rounds(Generic[_Request]):
         """The monotonic time at which something has to be done; infinite where nothing has."""
         due = list(self._retry_at.values())
         due += [at for _, at in self._signalled.values()]
-        deadline = self._workers.next_deadline(after=self._looked_until)
+        deadline = self._workers.next_deadline(self._looked_until, self._looked_at_acquires)
         if deadline is not None:
             due.append(deadline)
         if self._workers.has_unwatched():

@@ -96,8 +96,22 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
             found.setdefault(worker, []).append(self[worker, scope])
         return found
 
-    def next_deadline(self, after: float = float("-inf")) -> float | None:
-        """The earliest deadline later than `after`; None where there is none."""
+    def acquires(self) -> int:
+        """How many timers have been acquired so far, released ones included."""
+        return self._serial
+
+    def next_deadline(
+        self, after: float = float("-inf"), new_since: float = float("inf")
+    ) -> float | None:
+        """The earliest deadline that is later than `after`, or of a timer that is new.
+
+        Args:
+            after: A time.
+            new_since: What `acquires` was once; the timers acquired since are new.
+
+        Returns:
+            None where there is no such timer.
+        """
         while self._heap and not self._is_live(0):
             heapq.heappop(self._heap)
         earliest: float | None = None
@@ -106,10 +120,10 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
             index = pending.pop()
             if index >= len(self._heap):
                 continue
-            deadline = self._heap[index][0]
+            deadline, serial = self._heap[index][:2]
             if earliest is not None and deadline >= earliest:
                 continue
-            if deadline > after and self._is_live(index):
+            if (deadline > after or serial > new_since) and self._is_live(index):
                 earliest = deadline
             else:
                 pending += (2 * index + 1, 2 * index + 2)

@@ -108,10 +108,10 @@ class WorkerTimers(Generic[_Request]):
         with self._lock:
             return self.table.expired(self._clock.to_monotonic(epoch))
 
-    def next_deadline(self, after: float) -> float | None:
+    def next_deadline(self, after: float, new_since: int) -> float | None:
         """The earliest deadline later than `after`, both monotonic."""
         with self._lock:
-            return self.table.next_deadline(after)
+            return self.table.next_deadline(after, new_since)
 
     def signal(self, pid: int, signal: int) -> bool:
         """Signal a worker: the very process that acquired its timers, and never the server.
