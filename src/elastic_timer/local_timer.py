@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
+import logging
 import os
 import pickle
 import queue as queues
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LocalTimerClient", "LocalTimerServer", "MultiprocessingRequestQueue"]
 
-logger = contained_logger(__name__)
+logger: logging.Logger = contained_logger(__name__)
 
 # A queue without a pipe of its own can't be waited for together with other things. It is asked at
 # this interval, in seconds, so that a stop and the exits of workers are noticed between.
