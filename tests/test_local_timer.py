@@ -545,17 +545,26 @@ class Unpicklable:
         return explode, ()
 
 
+class Touchy:
+    """Can be unpickled, and not be looked at."""
+
+    @property
+    def worker_id(self) -> int:
+        sys.exit("not for you")
+
+
 @pytest.mark.parametrize(
     "rubbish",
     [
         "a string",
         Unpicklable(),
+        Touchy(),
         TimerRequest("no pid", "s", 1e10),
         TimerRequest(12, ["unhashable"], 1e10),  # type: ignore[arg-type]
         TimerRequest(12, "s", "late"),  # type: ignore[arg-type]
         TimerRequest(12, "s", float("nan")),
     ],
-    ids=["string", "unpicklable", "no-pid", "no-scope", "no-time", "nan"],
+    ids=["string", "unpicklable", "touchy", "no-pid", "no-scope", "no-time", "nan"],
 )
 def test_rubbish_in_the_queue_is_dropped_alone(
     mp_queue: Any, rubbish: object, caplog: pytest.LogCaptureFixture

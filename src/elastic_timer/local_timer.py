@@ -300,7 +300,8 @@ class LocalTimerServer(TimerServer):
         for request in self._request_queue._drain():
             try:
                 _wire.check_timer(request.worker_id, request.scope_id, request.expiration_time)
-            except (AttributeError, ValueError) as error:
+            # Whatever an object of somebody's raises, or exits with, when it is looked at.
+            except BaseException as error:
                 logger.warning("Dropped what is no request: %s: %.100r", error, request)
             else:
                 requests.append(request)
