@@ -109,7 +109,7 @@ class WorkerTimers(Generic[_Request]):
             return self.table.expired(self._clock.to_monotonic(epoch))
 
     def next_deadline(self, after: float, new_since: int) -> float | None:
-        """The earliest deadline later than `after`, both monotonic."""
+        """The earliest deadline later than `after`, or of a new timer; times are monotonic."""
         with self._lock:
             return self.table.next_deadline(after, new_since)
 
