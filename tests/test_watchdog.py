@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import selectors
 import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
 from elastic_timer import FileTimerClient, FileTimerServer, LocalTimerServer, TimerClient
+from elastic_timer._watchdog import Watchdog
 from tests.faults.support import Link, use_up_descriptors
 from tests.support import (
     FAR,
@@ -102,6 +105,34 @@ def test_start_without_descriptors_keeps_none(fifo_path: str, fork_worker: Fork)
     assert_serves(server, link.client, fork_worker)
     server.send("stop")
     assert server.wait() == 0
+
+
+def test_two_threads_that_begin_to_wait_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one of them has watched, the other one waits for: there is a single selector."""
+    make = selectors.DefaultSelector
+    calls: list[threading.Thread] = []
+    is_second = threading.Event()
+
+    def make_slowly() -> selectors.BaseSelector:
+        calls.append(threading.current_thread())
+        if len(calls) > 1:
+            is_second.set()
+        is_second.wait(0.3)
+        return make()
+
+    monkeypatch.setattr(selectors, "DefaultSelector", make_slowly)
+    watchdog = Watchdog(Mock(), daemon=True)
+    reader, writer = os.pipe()
+    thread = threading.Thread(target=watchdog.watch, args=(reader, "read me"))
+    thread.start()
+    watchdog.wait(0)
+    thread.join()
+    assert len(calls) == 1
+    os.write(writer, b"x")
+    assert watchdog.wait(20) == ["read me"]
+    watchdog.close()
+    os.close(reader)
+    os.close(writer)
 
 
 # Stopping ---------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ class Watchdog:
     def __init__(self, owner: Owner, daemon: bool) -> None:
         self._owner = owner
         self._daemon = daemon
-        # Of what several threads use: the end of the loop, and the descriptor that wakes it.
+        # Of what several threads use: the end of the loop, and what it waits with.
         self._lock = threading.RLock()
         self._thread: threading.Thread | None = None
         self._loop_has_ended = True
@@ -189,19 +189,21 @@ class Watchdog:
                     self._owner._release_resources()
 
     def _open(self) -> selectors.BaseSelector:
-        if self._selector is None:
-            reader, writer = os.pipe()
-            try:
-                selector = selectors.DefaultSelector()
-            except OSError:
-                os.close(reader)
-                os.close(writer)
-                raise
-            os.set_blocking(reader, False)
-            os.set_blocking(writer, False)
-            selector.register(reader, selectors.EVENT_READ, None)
-            self._selector, self._wake_fds = selector, (reader, writer)
-        return self._selector
+        # A worker registered from another thread may have it watched before the thread waits.
+        with self._lock:
+            if self._selector is None:
+                reader, writer = os.pipe()
+                try:
+                    selector = selectors.DefaultSelector()
+                except OSError:
+                    os.close(reader)
+                    os.close(writer)
+                    raise
+                os.set_blocking(reader, False)
+                os.set_blocking(writer, False)
+                selector.register(reader, selectors.EVENT_READ, None)
+                self._selector, self._wake_fds = selector, (reader, writer)
+            return self._selector
 
     def _forget_parent(self) -> None:
         # The lock may have been held, and the thread is not there, in a forked child.
