@@ -200,6 +200,15 @@ def test_representation_shows_the_timers(table: TimerTable[Any, str]) -> None:
     assert repr(table) == "TimerTable({(1, 'a'): 'request'})"
 
 
+def test_heap_stays_small(table: TimerTable[Any, str]) -> None:
+    """Timers that are acquired anew leave no more behind than twice the live ones and some."""
+    for worker in range(40):
+        table.acquire(worker, "a", "request", 5.0)
+    for _ in range(300):
+        table.acquire(0, "a", "request", 5.0)
+        assert len(table._heap) <= 2 * 40 + 64
+
+
 class CountedTime(float):
     """A deadline that counts how often it was compared."""
 

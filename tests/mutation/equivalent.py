@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-_SERIAL = "serials only have to differ and to grow"
 _PRUNING = "the heap is only rebuilt a little earlier or later; its bound holds"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
     "_timer_table": {
-        "self._serial = 0  ->  self._serial = 1": _SERIAL,
-        "self._serial += 1  ->  self._serial += 2": _SERIAL,
         "for _, _, worker, scope in sorted(due, key=lambda entry: entry[:2]):  ->  "
         "for _, _, worker, scope in sorted(due, key=lambda entry: entry[:3]):": (
             "serials differ, so the third is never compared"
