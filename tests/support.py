@@ -239,6 +239,26 @@ def process_state(pid: int) -> str:
     return _stat_fields(pid)[0]
 
 
+LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
+"""By this file the kernel lets some processes choose the next pid."""
+
+
+def start_with_pid(pid: int, **options: Any) -> subprocess.Popen[bytes] | None:
+    """A sleeping process with this very pid; None where the kernel does not give it."""
+    for _ in range(50):
+        try:
+            LAST_PID.write_text(str(pid - 1))
+        except OSError:
+            return None
+        process = subprocess.Popen(["sleep", str(FAR)], **options)
+        if process.pid == pid:
+            return process
+        # Somebody else was quicker, or the pid is taken.
+        process.kill()
+        process.wait()
+    return None
+
+
 def child_pids(pid: int | None = None) -> set[int]:
     """The children of `pid` (default: this process), zombies included; needs /proc."""
     children: set[int] = set()

@@ -9,40 +9,30 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from elastic_timer import FileTimerServer, TimerClient
 from tests.faults.support import Link, ServerProcess, use_up_descriptors
-from tests.support import FAR, ForkedWorker, assert_reaped_in_time, eventually, is_alive, overrun
+from tests.support import (
+    FAR,
+    LAST_PID,
+    ForkedWorker,
+    assert_reaped_in_time,
+    eventually,
+    is_alive,
+    overrun,
+    start_with_pid,
+)
 
 Fork = Callable[..., ForkedWorker]
 Serve = Callable[..., ServerProcess]
-
-LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
 
 
 def without_pidfd() -> None:
     """Make this process one of a system that has no pidfd."""
     del os.pidfd_open
-
-
-def start_with_pid(pid: int, **options: Any) -> subprocess.Popen[bytes] | None:
-    """A process with this very pid; None where the kernel does not give it."""
-    for _ in range(50):
-        try:
-            LAST_PID.write_text(str(pid - 1))
-        except OSError:
-            return None
-        process = subprocess.Popen(["sleep", str(FAR)], **options)
-        if process.pid == pid:
-            return process
-        # Somebody else was quicker, or the pid is taken.
-        process.kill()
-        process.wait()
-    return None
 
 
 @pytest.fixture
