@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from elastic_timer import _callbacks
-from elastic_timer._callbacks import Callbacks, contained_logger
+from elastic_timer._server import callbacks as _callbacks
+from elastic_timer._server.callbacks import Callbacks, contained_logger
 from tests.support import eventually, no_more_threads
 
 # Callbacks ---------------------------------------------------------------------------------------

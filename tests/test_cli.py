@@ -17,10 +17,10 @@ from typing import Any, BinaryIO
 import pytest
 
 import elastic_timer
-from elastic_timer._cli import main
+from elastic_timer._command.main import main
 from tests.support import Child, is_alive
 
-CLI = "import sys; from elastic_timer._cli import main; sys.exit(main())"
+CLI = "import sys; from elastic_timer._command.main import main; sys.exit(main())"
 
 # A COMMAND that tells of every signal it gets, and of how often when it gets SIGUSR2.
 LISTENER = """
@@ -107,7 +107,7 @@ def test_exit_status_survives_an_ignored_sigchld(run: Callable[..., Child]) -> N
 def test_max_interval_is_the_servers(run: Callable[..., Child]) -> None:
     """`--max-interval` is the longest pause between two rounds; without it that is 10 s."""
     source = f"""
-        from elastic_timer import _cli
+        from elastic_timer._command import main as _cli
 
         class Server(_cli.FileTimerServer):
             def start(self):
@@ -240,7 +240,8 @@ def test_library_does_not_import_the_command(spawn: Callable[..., Child]) -> Non
     child = spawn(
         """
         import sys, elastic_timer
-        print(sorted({"argparse", "elastic_timer._cli", "elastic_timer._demo"} & set(sys.modules)))
+        commands = {"argparse", "elastic_timer._command.main", "elastic_timer._command.demo"}
+        print(sorted(commands & set(sys.modules)))
         """
     )
     assert child.readline() == "[]"

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from elastic_timer import FileTimerClient, FileTimerServer, _demo, configure
+from elastic_timer import FileTimerClient, FileTimerServer, configure
+from elastic_timer._command import demo as _demo
 from tests.support import ALLOWED_LATENESS, Child, ForkedWorker, child_pids, running
 
-DEMO = "import sys; from elastic_timer._cli import main; sys.exit(main(['demo']))"
+DEMO = "import sys; from elastic_timer._command.main import main; sys.exit(main(['demo']))"
 SOURCE = Path(_demo.__file__).read_text().splitlines()
 
 
@@ -50,7 +51,7 @@ def test_table(shown: tuple[list[str], list[str]]) -> None:
     assert len(set(scopes)) == 4
     for scope in scopes:
         file, _, number = scope.partition("#")
-        assert file == "_demo.py"
+        assert file == "demo.py"
         assert "with expires(" in SOURCE[int(number) - 1]
 
 
@@ -92,7 +93,7 @@ def test_demo_that_goes_wrong(spawn: Callable[..., Child]) -> None:
     """A server that only claims to reap: exit status 1, and no worker is left."""
     child = spawn(
         f"""
-        from elastic_timer import _demo
+        from elastic_timer._command import demo as _demo
         _demo._PATIENCE = 2.2
         _demo._ObservedServer._reap_worker = lambda self, pid, signal: True
         {DEMO}

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from elastic_timer import FileTimerServer, LocalTimerServer, _evidence, debug_info_logging
-from elastic_timer._process import refusal
+from elastic_timer._server.process import refusal
 from elastic_timer.debug_info_logging import (
     add_debug_info_handler,
     log_debug_info_for_expired_timers,

@@ -25,7 +25,7 @@ from elastic_timer import (
     expires,
     file_based_local_timer,
 )
-from elastic_timer._fifo import Fifo
+from elastic_timer._transport.fifo import Fifo
 from elastic_timer.file_based_local_timer import _retry
 from tests.support import (
     FAR,

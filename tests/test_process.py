@@ -14,8 +14,14 @@ from typing import Any
 
 import pytest
 
-from elastic_timer import _process
-from elastic_timer._process import ProcessHandle, SpareDescriptor, is_running, refusal, state_of
+from elastic_timer._server import process as _process
+from elastic_timer._server.process import (
+    ProcessHandle,
+    SpareDescriptor,
+    is_running,
+    refusal,
+    state_of,
+)
 from tests.support import ForkedWorker, eventually, is_alive, no_more_descriptors, wait_dead
 
 # Forking beside other threads is what servers live with; Python warns of it since 3.12.
@@ -380,7 +386,7 @@ def test_module_needs_no_pidfd(spawn: Callable[..., Any]) -> None:
         for module, name in ((os, "pidfd_open"), (signal, "pidfd_send_signal")):
             if hasattr(module, name):
                 delattr(module, name)
-        from elastic_timer._process import ProcessHandle
+        from elastic_timer._server.process import ProcessHandle
         with ProcessHandle(os.getpid()) as process:
             print(process.pidfd, process.has_exited(), flush=True)
         """

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from elastic_timer import LocalTimerClient, MultiprocessingRequestQueue, TimerRequest, _queue_pipe
+from elastic_timer import LocalTimerClient, MultiprocessingRequestQueue, TimerRequest
+from elastic_timer._transport import queue_pipe as _queue_pipe
 from tests.support import FAR, no_more_descriptors
 
 

@@ -23,7 +23,7 @@ def test_snippet_runs(spawn: Callable[..., Child], tmp_path: Path, number: int) 
     child = spawn(
         """
         import sys
-        from elastic_timer._cli import main
+        from elastic_timer._command.main import main
         sys.exit(main(["run", "--", sys.executable, *sys.argv[1:]]))
         """,
         str(script),

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from elastic_timer import FileTimerClient, FileTimerRequest, FileTimerServer, _rounds
+from elastic_timer import FileTimerClient, FileTimerRequest, FileTimerServer
+from elastic_timer._server import rounds as _rounds
 from elastic_timer.debug_info_logging import add_debug_info_handler, remove_debug_info_handler
 from tests.faults.support import Link
 from tests.support import (

@@ -10,7 +10,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from elastic_timer._timer_table import TimerTable
+from elastic_timer._server.table import TimerTable
 
 WORKERS = st.integers(-2, 3)
 SCOPES = st.sampled_from(["a", "b", "c"])

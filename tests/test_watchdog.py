@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 
 from elastic_timer import FileTimerClient, FileTimerServer, LocalTimerServer, TimerClient
-from elastic_timer._watchdog import Watchdog
+from elastic_timer._server.loop import Watchdog
 from tests.faults.support import Link, use_up_descriptors
 from tests.support import (
     FAR,

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from elastic_timer import _wire
-from elastic_timer._wire import PIPE_BUF, Fields, LineBuffer, decode, encode
+from elastic_timer._transport import wire as _wire
+from elastic_timer._transport.wire import PIPE_BUF, Fields, LineBuffer, decode, encode
 
 PIDS = st.integers(-(2**31) + 1, 2**31 - 1)
 SIGNALS = st.integers(-70, int(signal.NSIG) - 1)

@@ -20,10 +20,11 @@ from hypothesis.stateful import (
     rule,
 )
 
-from elastic_timer import TimerRequest, _worker_timers
-from elastic_timer._process import is_running
-from elastic_timer._watchdog import Watchdog
-from elastic_timer._worker_timers import WorkerTimers
+from elastic_timer import TimerRequest
+from elastic_timer._server import workers as _worker_timers
+from elastic_timer._server.loop import Watchdog
+from elastic_timer._server.process import is_running
+from elastic_timer._server.workers import WorkerTimers
 from tests.support import FAR, open_descriptors
 
 SCOPES = st.sampled_from(["a", "b"])

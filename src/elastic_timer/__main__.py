@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from elastic_timer._cli import main
+from elastic_timer._command.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from elastic_timer._callbacks import contained_logger
+from elastic_timer._server.callbacks import contained_logger
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -147,7 +147,7 @@ class TimerServer(abc.ABC):
         self._daemon = daemon
         self._stop_signaled = False
         # Not before: its fork and exit hooks are no business of a process that has no server.
-        from elastic_timer._watchdog import Watchdog
+        from elastic_timer._server.loop import Watchdog
 
         self._watchdog = Watchdog(self, daemon)
 

@@ -13,13 +13,18 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from elastic_timer._callbacks import ROUND_ALLOWANCE, Callbacks, contained_logger, run_contained
-from elastic_timer._fifo import Fifo, read_available
-from elastic_timer._pipe import PIPE_BUF, UNREACHABLE_AFTER, has_room, too_large
-from elastic_timer._process import is_running
-from elastic_timer._rounds import REQUESTS, Rounds
-from elastic_timer._wire import LineBuffer, decode, encode, encode_line, encode_line_again
-from elastic_timer._worker_timers import WorkerTimers
+from elastic_timer._server.callbacks import (
+    ROUND_ALLOWANCE,
+    Callbacks,
+    contained_logger,
+    run_contained,
+)
+from elastic_timer._server.process import is_running
+from elastic_timer._server.rounds import REQUESTS, Rounds
+from elastic_timer._server.workers import WorkerTimers
+from elastic_timer._transport.fifo import Fifo, read_available
+from elastic_timer._transport.pipe import PIPE_BUF, UNREACHABLE_AFTER, has_room, too_large
+from elastic_timer._transport.wire import LineBuffer, decode, encode, encode_line, encode_line_again
 from elastic_timer.api import TimerClient, TimerRequest
 from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
 
@@ -328,7 +333,7 @@ class FileTimerServer:
         self._reports = Callbacks()
         self._fifo = Fifo(file_path)
         # Not before: its fork and exit hooks are no business of a process that has no server.
-        from elastic_timer._watchdog import Watchdog
+        from elastic_timer._server.loop import Watchdog
 
         self._watchdog = Watchdog(self, daemon)
         self._workers: WorkerTimers[FileTimerRequest] = WorkerTimers(

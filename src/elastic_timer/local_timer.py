@@ -12,17 +12,17 @@ import signal as signals
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
-from elastic_timer import _wire
-from elastic_timer._callbacks import ROUND_ALLOWANCE, Callbacks, contained_logger
-from elastic_timer._process import is_running
-from elastic_timer._queue_pipe import (
+from elastic_timer._server.callbacks import ROUND_ALLOWANCE, Callbacks, contained_logger
+from elastic_timer._server.process import is_running
+from elastic_timer._server.rounds import REQUESTS, Rounds
+from elastic_timer._server.workers import WorkerTimers
+from elastic_timer._transport import wire as _wire
+from elastic_timer._transport.queue_pipe import (
     PipeReader,
     PipeWriter,
     has_readable_pipe,
     has_writable_pipe,
 )
-from elastic_timer._rounds import REQUESTS, Rounds
-from elastic_timer._worker_timers import WorkerTimers
 from elastic_timer.api import RequestQueue, TimerClient, TimerRequest, TimerServer
 from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from elastic_timer._callbacks import _MOST_RECORDS_KEPT, ROUND_ALLOWANCE, contained_logger
+from elastic_timer._server.callbacks import _MOST_RECORDS_KEPT, ROUND_ALLOWANCE, contained_logger
 from elastic_timer.debug_info_logging import stacks_timeout
 from tests.faults.support import Link, ServerProcess
 from tests.support import ALLOWED_LATENESS, ForkedWorker, eventually, overrun, running, wait_dead

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from elastic_timer import TimerClient, expires
-from elastic_timer._timer_table import TimerTable
-from elastic_timer._wire import decode
+from elastic_timer._server.table import TimerTable
+from elastic_timer._transport.wire import decode
 
 
 class Recorder(TimerClient):

@@ -106,7 +106,7 @@ def _positive_seconds(text: str) -> float:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from elastic_timer._demo import demo
+    from elastic_timer._command.demo import demo
 
     if options.command:
         options.parser.error("the demo takes no COMMAND")

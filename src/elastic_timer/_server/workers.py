@@ -7,12 +7,12 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from elastic_timer._callbacks import contained_logger
-from elastic_timer._process import ProcessHandle, SpareDescriptor, is_running, refusal
-from elastic_timer._timer_table import TimerTable
+from elastic_timer._server.callbacks import contained_logger
+from elastic_timer._server.process import ProcessHandle, SpareDescriptor, is_running, refusal
+from elastic_timer._server.table import TimerTable
 
 if TYPE_CHECKING:
-    from elastic_timer._watchdog import Watchdog
+    from elastic_timer._server.loop import Watchdog
     from elastic_timer.api import TimerRequest
 
 logger = contained_logger(__name__)

@@ -18,8 +18,15 @@ import time
 import weakref
 from typing import TYPE_CHECKING, Protocol
 
-from elastic_timer._callbacks import contained_logger
-from elastic_timer._pipe import CAPACITY, PIPE_BUF, UNREACHABLE_AFTER, enlarge, has_room, too_large
+from elastic_timer._server.callbacks import contained_logger
+from elastic_timer._transport.pipe import (
+    CAPACITY,
+    PIPE_BUF,
+    UNREACHABLE_AFTER,
+    enlarge,
+    has_room,
+    too_large,
+)
 
 if TYPE_CHECKING:
     from typing import TypeGuard

@@ -14,7 +14,7 @@ from json.encoder import encode_basestring_ascii
 from math import isfinite
 from typing import TYPE_CHECKING, NamedTuple
 
-from elastic_timer._pipe import PIPE_BUF
+from elastic_timer._transport.pipe import PIPE_BUF
 
 if TYPE_CHECKING:
     from typing import TypeGuard

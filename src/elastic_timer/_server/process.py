@@ -14,7 +14,7 @@ import select
 import signal as signals
 from collections.abc import Iterator
 
-from elastic_timer._callbacks import contained_logger
+from elastic_timer._server.callbacks import contained_logger
 
 logger = contained_logger(__name__)
 

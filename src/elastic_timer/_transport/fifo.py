@@ -7,7 +7,7 @@ import errno
 import os
 import stat
 
-from elastic_timer._pipe import CAPACITY, enlarge
+from elastic_timer._transport.pipe import CAPACITY, enlarge
 
 _READ_SIZE = 1 << 16
 

@@ -18,7 +18,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, TypedDict
 
-from elastic_timer._process import refusal, stat_of
+from elastic_timer._server.process import refusal, stat_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

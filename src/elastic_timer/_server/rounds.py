@@ -6,12 +6,12 @@ import signal as signals
 import time
 from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
-from elastic_timer._callbacks import contained_logger, run_contained
-from elastic_timer._process import refusal, state_of
+from elastic_timer._server.callbacks import contained_logger, run_contained
+from elastic_timer._server.process import refusal, state_of
 
 if TYPE_CHECKING:
-    from elastic_timer._watchdog import Watchdog
-    from elastic_timer._worker_timers import WorkerTimers
+    from elastic_timer._server.loop import Watchdog
+    from elastic_timer._server.workers import WorkerTimers
     from elastic_timer.api import TimerRequest
 
 logger = contained_logger(__name__)

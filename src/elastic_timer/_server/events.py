@@ -1,0 +1,112 @@
+"""What happens in a server, as records that flow one way: to whoever listens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import ClassVar, Generic, TypeVar
+
+_Request = TypeVar("_Request")
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something that happened, at `time` (epoch seconds)."""
+
+    name: ClassVar[str]
+    time: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerStarted(Event):
+    """The watchdog runs; requests count from now on."""
+
+    name: ClassVar[str] = "watchdog started"
+
+
+@dataclasses.dataclass(frozen=True)
+class ServerStopped(Event):
+    """The watchdog has ended."""
+
+    name: ClassVar[str] = "watchdog stopped"
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerEvent(Event):
+    """Something that happened to a worker.
+
+    Attributes:
+        pid: The worker; negative for a process group.
+        rank: Its rank in its job, read off the environment it was started with; None without one.
+        local_rank: Its rank among those of this host.
+    """
+
+    pid: int
+    rank: int | None
+    local_rank: int | None
+
+
+@dataclasses.dataclass(frozen=True)
+class TimerEvent(WorkerEvent, Generic[_Request]):
+    """Something that happened to a timer, which is given as the request that acquired it."""
+
+    timer: _Request
+
+
+@dataclasses.dataclass(frozen=True)
+class TimerAcquired(TimerEvent[_Request]):
+    """A worker has entered a block, or asked for another deadline within it."""
+
+    name: ClassVar[str] = "timer acquired"
+
+
+@dataclasses.dataclass(frozen=True)
+class TimerReleased(TimerEvent[_Request]):
+    """A worker has left a block; `timer` is the request that releases."""
+
+    name: ClassVar[str] = "timer released"
+
+
+@dataclasses.dataclass(frozen=True)
+class TimerExpired(TimerEvent[_Request]):
+    """A worker is still in its block after the deadline.
+
+    Attributes:
+        seconds_late: How long after the deadline it was noticed.
+        evidence: What the worker was doing, as `_evidence` tells it; None where that is not known.
+    """
+
+    name: ClassVar[str] = "timer expired"
+    seconds_late: float
+    evidence: Mapping[str, object] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerSignalled(TimerEvent[_Request]):
+    """A worker was sent a signal for one of its timers.
+
+    Attributes:
+        signal: The signal's number.
+        seconds_late: How long after the timer's deadline.
+        scopes: All scopes of the worker that had expired, oldest first.
+    """
+
+    name: ClassVar[str] = "kill worker process"
+    signal: int
+    seconds_late: float
+    scopes: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerExited(WorkerEvent):
+    """A worker that had acquired timers has ended.
+
+    Attributes:
+        scopes: Those whose timers it had not released.
+    """
+
+    name: ClassVar[str] = "worker exited"
+    scopes: list[str]
+
+
+Listener = Callable[[Event], object]

@@ -1,0 +1,1 @@
+"""How requests get from a worker to its server: bytes, pipes and what they say."""
