@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 
 from elastic_timer._server import callbacks as _callbacks
 from elastic_timer._server.callbacks import Callbacks, contained_logger
-from tests.support import eventually, no_more_threads
+from tests.support import no_more_threads
 
 # Callbacks ---------------------------------------------------------------------------------------
 
@@ -28,28 +29,43 @@ def test_one_that_blocks_keeps_the_order() -> None:
 
     callbacks.run(block, patience=0)
     for number in range(1, 4):
-        callbacks.run(lambda number=number: ran.append(number))  # type: ignore[misc]
-    callbacks.run(all_done.set)
+        callbacks.run(lambda number=number: ran.append(number), 20)  # type: ignore[misc]
+    callbacks.submit(all_done.set)
     assert ran == []
+    assert not callbacks.flush(0)
     unblock.set()
     assert all_done.wait(20)
+    assert callbacks.flush(20)
     assert ran == [0, 1, 2, 3]
 
 
 def test_without_a_thread_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
-    """Where none can be started the callback runs in the caller's; those after it as usual."""
+    """Where none can be started the callback is kept, and runs with the next, in their order."""
     callbacks = Callbacks()
-    threads: list[threading.Thread] = []
-
-    def note() -> None:
-        threads.append(threading.current_thread())
-
+    ran: list[str] = []
     with no_more_threads():
-        callbacks.run(note)
-    callbacks.run(note)
-    assert threads[0] is threading.current_thread()
-    assert threads[1].name == "elastic-timer callbacks"
+        callbacks.run(lambda: ran.append("kept"), 20)
+        assert not callbacks.flush(0)
+    assert ran == []
+    callbacks.run(lambda: ran.append(threading.current_thread().name), 0)
+    assert callbacks.flush(20)
+    assert ran == ["kept", "elastic-timer callbacks"]
     assert not caplog.records
+
+
+def test_behind_one_that_blocks_not_all_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to a number; the others are lost, rather than fill the memory."""
+    monkeypatch.setattr(_callbacks, "_MOST_KEPT", 3)
+    callbacks = Callbacks()
+    started, unblock = threading.Event(), threading.Event()
+    ran: list[int] = []
+    callbacks.submit(lambda: (started.set(), unblock.wait(20)))
+    assert started.wait(20)
+    for number in range(9):
+        callbacks.submit(lambda number=number: ran.append(number))  # type: ignore[misc]
+    unblock.set()
+    assert callbacks.flush(20)
+    assert ran == [0, 1, 2]
 
 
 # The log -----------------------------------------------------------------------------------------
@@ -96,8 +112,10 @@ def test_log_that_raises(
 
     handler.meanwhile = fail
     contained_logger(NAME).warning("lost")
+    assert _callbacks.flush_log(20)
     handler.meanwhile = bool
     contained_logger(NAME).warning("shown")
+    assert _callbacks.flush_log(20)
     assert handler.texts == ["shown"]
     assert capsys.readouterr().err.count("SystemExit: a handler's own") == is_shown
 
@@ -112,22 +130,46 @@ def test_records_that_cannot_be_made_as_asked(handler: Handler) -> None:
     logging.setLogRecordFactory(refuse)
     try:
         contained_logger(NAME).warning("number %d", 1)
+        assert _callbacks.flush_log(20)
     finally:
         logging.setLogRecordFactory(usual)
     assert handler.texts == ["number 1"]
 
 
-def test_log_that_blocks_keeps_some(handler: Handler, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Records wait for it without their writers, up to a number; the others are lost."""
-    monkeypatch.setattr(_callbacks, "_MOST_RECORDS_KEPT", 3)
-    monkeypatch.setattr(_callbacks, "_records", Callbacks())
+def test_log_that_blocks_holds_nobody_up(handler: Handler) -> None:
+    """Records wait for it without their writers, and come in their order."""
     unblock = threading.Event()
     handler.meanwhile = lambda: unblock.wait(20)
-    for number in range(9):
+    for number in range(3):
         contained_logger(NAME).warning("number %d", number)
     assert handler.texts == []
+    assert not _callbacks.flush_log(0)
     unblock.set()
-    eventually(lambda: len(handler.texts) == 2)
-    eventually(lambda: not _callbacks._records.unfinished())
-    # The third tells, as a record of its own, that the log blocked.
-    assert handler.texts == ["number 0", "number 1"]
+    assert _callbacks.flush_log(20)
+    assert handler.texts == ["number 0", "number 1", "number 2"]
+
+
+def test_giving_up_on_a_log_that_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler whose lock is taken is not waited for at exit, nor is the stream it writes to."""
+    blocked = logging.StreamHandler(sys.stderr)
+    other = logging.StreamHandler(sys.stdout)
+    locked, unlock = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        blocked.acquire()
+        locked.set()
+        unlock.wait(20)
+        blocked.release()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert locked.wait(20)
+    monkeypatch.setattr(sys, "stderr", blocked.stream)
+    monkeypatch.setattr(logging, "_handlerList", list(logging._handlerList))  # type: ignore[attr-defined]
+    _callbacks.give_up_on_the_log()
+    left = [reference() for reference in logging._handlerList]  # type: ignore[attr-defined]
+    assert sys.stderr is None
+    unlock.set()
+    thread.join()
+    assert blocked not in left
+    assert other in left

@@ -571,8 +571,8 @@ def test_replaced_fifo_is_one_error(
     (error,) = eventually(errors)
     assert "something else was put in its place" in error
     looks = threading.Semaphore(0)
-    is_missing = server._fifo.is_missing
-    monkeypatch.setattr(server._fifo, "is_missing", lambda: looks.release() or is_missing())
+    is_missing = server._source.is_missing
+    monkeypatch.setattr(server._source, "is_missing", lambda: looks.release() or is_missing())
     for _ in range(2):
         assert looks.acquire(timeout=20)
     os.unlink(fifo_path)

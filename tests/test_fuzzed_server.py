@@ -302,7 +302,7 @@ def test_anything_written_to_the_fifo(
         server.observe(last=pids[LAST])
         for piece in pieces(stream.splitlines(keepends=True), cuts):
             write_raw(fifo_path, piece)
-            wait_until_read(server._fifo.fileno())
+            wait_until_read(server._source.fileno())
         server.run_once()
     assert server._request_count == len(requests)
     assert doomed(requests, pids.values()) <= {pid for pid, _ in server.asked}
@@ -332,7 +332,7 @@ def test_only_overrunners_die_amid_rubbish(
             server.observe(last=pids[LAST], own=pids.values())
             for piece in pieces(stream.splitlines(keepends=True), cuts):
                 write_raw(fifo_path, piece)
-                wait_until_read(server._fifo.fileno())
+                wait_until_read(server._source.fileno())
             assert processes[LAST].wait(20) == -signal.SIGKILL
         assert server._request_count == len(requests)
         assert_as_expected(server, requests, pids.values(), caplog)

@@ -27,7 +27,8 @@ class AgainstADictionary(RuleBasedStateMachine):
         self.model: dict[tuple[int, str], tuple[float, int, object]] = {}
         self.serial = 0
         self.now = 0.0
-        self.looked_at = 0
+        # The numbers of those that were looked at when they were due.
+        self.settled: set[int] = set()
 
     @rule(worker=WORKERS, scope=SCOPES, deadline=TIMES)
     def acquire(self, worker: int, scope: str, deadline: float) -> None:
@@ -56,9 +57,10 @@ class AgainstADictionary(RuleBasedStateMachine):
     def set_time(self, now: float) -> None:
         self.now = now
 
-    @rule()
-    def look(self) -> None:
-        self.looked_at = self.table.acquires()
+    @rule(now=TIMES)
+    def settle(self, now: float) -> None:
+        self.table.settle(now)
+        self.settled |= {serial for at, serial, _ in self.model.values() if at <= now}
 
     @rule(times=st.integers(60, 200))
     def acquire_and_release_often(self, times: int) -> None:
@@ -92,22 +94,23 @@ class AgainstADictionary(RuleBasedStateMachine):
 
     @invariant()
     def is_due_at_the_same_time(self) -> None:
-        deadlines = [deadline for deadline, _, _ in self.model.values()]
-        assert self.table.next_deadline() == min(deadlines, default=None)
-        later = [deadline for deadline in deadlines if deadline > self.now]
-        assert self.table.next_deadline(after=self.now) == min(later, default=None)
-        assert self.table.acquires() == self.serial
-        later_or_new = [
-            deadline
-            for deadline, serial, _ in self.model.values()
-            if deadline > self.now or serial > self.looked_at
-        ]
-        found = self.table.next_deadline(self.now, self.looked_at)
-        assert found == min(later_or_new, default=None)
+        waited_for = [at for at, serial, _ in self.model.values() if serial not in self.settled]
+        assert self.table.next_deadline() == min(waited_for, default=None)
+
+    @invariant()
+    def tells_of_each_timer(self) -> None:
+        for worker in range(-2, 4):
+            held = {scope: item for (pid, scope), item in self.model.items() if pid == worker}
+            assert sorted(self.table.scopes(worker)) == sorted(held)
+            for scope in ("a", "b", "c"):
+                expected = held[scope][0] if scope in held else None
+                assert self.table.deadline(worker, scope) == expected
 
     @invariant()
     def heap_stays_small(self) -> None:
         assert len(self.table._heap) <= 2 * len(self.model) + 64
+        # Once looked at again, nothing is left of those that were dropped.
+        assert len(self.table._settled) <= self.serial
 
 
 AgainstADictionary.TestCase.settings = settings(
@@ -145,23 +148,25 @@ def test_acquired_anew_only_the_last_deadline_counts(table: TimerTable[Any, str]
     assert table.next_deadline() is None
 
 
-def test_next_deadline_after_a_time(table: TimerTable[Any, str]) -> None:
-    """The earliest of those later than it, in whichever order they came."""
-    for scope, deadline in (("first", 1.0), ("third", 3.0), ("second", 2.0)):
-        table.acquire("worker", scope, scope, deadline)
-    assert table.next_deadline() == 1.0
-    assert [table.next_deadline(after) for after in (0.5, 1.0, 2.0, 3.0)] == [1.0, 2.0, 3.0, None]
-
-
-def test_next_deadline_of_a_new_timer(table: TimerTable[Any, str]) -> None:
-    """One that was overdue when it came counts until it is no longer new."""
+def test_settled_timers_are_waited_for_no_more(table: TimerTable[Any, str]) -> None:
+    """They stay expired; what came since counts, however overdue it was when it came."""
     table.acquire("worker", "known", "request", 1.0)
-    known = table.acquires()
-    assert table.next_deadline(5.0, known) is None
-    table.acquire("worker", "new", "request", 2.0)
     table.acquire("worker", "later", "request", 6.0)
-    assert table.next_deadline(5.0, known) == 2.0
-    assert table.next_deadline(5.0, table.acquires()) == 6.0
+    table.settle(5.0)
+    assert table.next_deadline() == 6.0
+    assert table.expired(5.0) == {"worker": ["request"]}
+    assert table.expired(0.5) == {}
+    table.acquire("worker", "new", "request", 2.0)
+    assert table.next_deadline() == 2.0
+    table.acquire("worker", "known", "anew", 3.0)
+    table.settle(2.0)
+    assert table.next_deadline() == 3.0
+    assert table.expired(5.0) == {"worker": ["request", "anew"]}
+    table.clear("worker")
+    assert table.expired(9.0) == {}
+    table.settle(9.0)
+    assert table._settled == []
+    assert table.next_deadline() is None
 
 
 def test_unknown_key_is_a_key_error(table: TimerTable[Any, str]) -> None:
@@ -238,5 +243,6 @@ def test_idle_work_does_not_grow_with_the_timers(table: TimerTable[Any, str]) ->
             table.acquire(worker, "a", "request", CountedTime(1000.0 + worker % 97))
         CountedTime.comparisons = 0
         assert table.expired(5.0) == {}
-        assert table.next_deadline(after=5.0) == 1000.0
+        table.settle(5.0)
+        assert table.next_deadline() == 1000.0
         assert CountedTime.comparisons < 20

@@ -15,7 +15,7 @@ from unittest.mock import Mock
 import pytest
 
 from elastic_timer import FileTimerClient, FileTimerServer, LocalTimerServer, TimerClient
-from elastic_timer._server.loop import Watchdog
+from elastic_timer._server.loop import Loop
 from tests.faults.support import Link, use_up_descriptors
 from tests.support import (
     FAR,
@@ -121,7 +121,7 @@ def test_two_threads_that_begin_to_wait_at_once(monkeypatch: pytest.MonkeyPatch)
         return make()
 
     monkeypatch.setattr(selectors, "DefaultSelector", make_slowly)
-    watchdog = Watchdog(Mock(), daemon=True)
+    watchdog = Loop("test", True, Mock(), Mock(), Mock())
     reader, writer = os.pipe()
     thread = threading.Thread(target=watchdog.watch, args=(reader, "read me"))
     thread.start()
@@ -130,7 +130,7 @@ def test_two_threads_that_begin_to_wait_at_once(monkeypatch: pytest.MonkeyPatch)
     assert len(calls) == 1
     os.write(writer, b"x")
     assert watchdog.wait(20) == ["read me"]
-    watchdog.close()
+    watchdog.stop()
     os.close(reader)
     os.close(writer)
 
@@ -203,7 +203,7 @@ def test_loop_that_dies(
     with running(Mortal(fifo_path, "run")) as server:
         eventually(lambda: not os.path.exists(fifo_path))
         eventually(lambda: "The watchdog has died" in caplog.text)
-        eventually(lambda: server._watchdog.may_start())
+        eventually(lambda: not server._loop._run.thread.is_alive())
         server.start()
         assert_serves(server, FileTimerClient(fifo_path), fork_worker)
 

@@ -20,11 +20,10 @@ from hypothesis.stateful import (
     rule,
 )
 
-from elastic_timer import TimerRequest
-from elastic_timer._server import workers as _worker_timers
-from elastic_timer._server.loop import Watchdog
+from elastic_timer import TimerRequest, _clock
+from elastic_timer._server.loop import Loop
 from elastic_timer._server.process import is_running
-from elastic_timer._server.workers import WorkerTimers
+from elastic_timer._server.workers import Workers
 from tests.support import FAR, open_descriptors
 
 SCOPES = st.sampled_from(["a", "b"])
@@ -39,17 +38,11 @@ NOBODY = 2**31 - 1
 
 
 class Clock:
-    """Stands in for the module `time`; the wall clock can be set, the other only goes on."""
+    """Stands in for both clocks; the wall clock can be set, the other only goes on."""
 
     def __init__(self) -> None:
         self.epoch = 1.75e9
         self.now = 1000.0
-
-    def time(self) -> float:
-        return self.epoch
-
-    def monotonic(self) -> float:
-        return self.now
 
 
 class AgainstADictionary(RuleBasedStateMachine):
@@ -68,19 +61,21 @@ class AgainstADictionary(RuleBasedStateMachine):
         self.model: dict[tuple[int, str], tuple[float, int, TimerRequest]] = {}
         self.serial = 0
         self.gone = {NOBODY}
+        self.settled: set[int] = set()
         self.held: set[int] = set()
         self.killed: set[int] = set()
         self.unwatched: set[int] = set()
         self.clock = Clock()
         self.patches = pytest.MonkeyPatch()
-        self.patches.setattr(_worker_timers, "time", self.clock)
+        self.patches.setattr(_clock, "epoch", lambda: self.clock.epoch)
+        self.patches.setattr(_clock, "monotonic", lambda: self.clock.now)
         if not self.has_pidfds:
             self.patches.delattr(os, "pidfd_open", raising=False)
         self.descriptors_before = len(open_descriptors())
-        self.watchdog = Watchdog(Mock(), daemon=True)
-        self.watchdog.wait(0)
-        self.descriptors_of_watchdog = len(open_descriptors()) - self.descriptors_before
-        self.timers: WorkerTimers[TimerRequest] = WorkerTimers(self.watchdog, is_running)
+        self.loop = Loop("model", True, Mock(), Mock(), Mock())
+        self.loop.wait(0)
+        self.descriptors_of_loop = len(open_descriptors()) - self.descriptors_before
+        self.timers: Workers[TimerRequest] = Workers(self.loop)
         self.timers.open()
 
     def teardown(self) -> None:
@@ -89,7 +84,7 @@ class AgainstADictionary(RuleBasedStateMachine):
             self.timers.open()
             assert not self.timers.table
             self.timers.close()
-            self.watchdog.close()
+            self.loop.stop()
             assert len(open_descriptors()) == self.descriptors_before
         finally:
             self.patches.undo()
@@ -122,15 +117,17 @@ class AgainstADictionary(RuleBasedStateMachine):
     @rule(also=st.lists(workers, max_size=2))
     def notice(self, also: list[int]) -> None:
         """The descriptors tell of those that are gone; more are named, gone or not."""
-        told = [pid for pid in self.watchdog.wait(0) if isinstance(pid, int)]
+        told = [pid for pid in self.loop.wait(0) if isinstance(pid, int)]
         assert sorted(told) == sorted((self.held & self.gone) - self.unwatched)
-        self.timers.drop_exited([*told, *also])
+        gone = self.timers.drop_exited([*told, *also], is_running)
         # From now on these are asked every time: their descriptors have had their say.
         self.unwatched |= {*told, *also} & self.held
-        for worker in self.unwatched & self.gone:
+        assert {worker.pid for worker in gone} == self.unwatched & self.gone
+        for worker, _, _, scopes in gone:
+            assert sorted(scopes) == sorted(scope for pid, scope in self.model if pid == worker)
             self._drop_timers(worker)
             self._forget(worker)
-        assert self.watchdog.wait(0) == []
+        assert self.loop.wait(0) == []
 
     @rule(
         batch=st.lists(st.tuples(workers, SCOPES, AFTERS | st.none()), min_size=1, max_size=5),
@@ -139,17 +136,19 @@ class AgainstADictionary(RuleBasedStateMachine):
     def register(self, batch: list[tuple[int, str, float | None]], step: float) -> None:
         """Requests in one batch; the clock was set, and nobody has looked at it since."""
         self.clock.epoch += step
-        requests = []
+        requests, counted = [], []
         for worker, scope, after in batch:
             expiration_time = -1.0 if after is None else self.clock.epoch + after
             requests.append(TimerRequest(worker, scope, expiration_time))
             if after is None:
                 self.model.pop((worker, scope), None)
                 self._forget_idle_group(worker)
+                counted.append(requests[-1])
             elif self._counts(worker):
+                counted.append(requests[-1])
                 self.serial += 1
                 self.model[worker, scope] = self.clock.now + after, self.serial, requests[-1]
-        self.timers.register(requests)
+        assert self.timers.register(requests, is_running) == counted
 
     @rule(worker=workers, scope=SCOPES, after=AFTERS, step=STEPS)
     def acquire(self, worker: int, scope: str, after: float, step: float) -> None:
@@ -166,8 +165,9 @@ class AgainstADictionary(RuleBasedStateMachine):
     @rule(worker=workers, is_killed=st.booleans(), is_cleared=st.booleans())
     def reap(self, worker: int, is_killed: bool, is_cleared: bool) -> None:
         if is_killed:
-            self.timers.mark_killed(worker)
+            self.timers.presume_dead(worker)
             self.killed |= {worker} & self.held
+            assert not self.timers.was_killed(worker)
         if is_cleared:
             self.timers.clear([worker])
             self._drop_timers(worker)
@@ -177,6 +177,9 @@ class AgainstADictionary(RuleBasedStateMachine):
     def time_passes(self, seconds: float, step: float) -> None:
         self.clock.now += seconds
         self.clock.epoch += seconds + step
+        if seconds:
+            # Those that were said to be killed, and live, are heard again.
+            self.killed.clear()
 
     @invariant()
     def is_the_same_mapping(self) -> None:
@@ -195,26 +198,52 @@ class AgainstADictionary(RuleBasedStateMachine):
             found = self.timers.expired(self.clock.epoch + ahead)
             assert list(found.items()) == list(expected.items())
 
+    @rule()
+    def look(self) -> None:
+        """What is due by now was looked at, however the clock was set meanwhile."""
+        with self.timers.clock.present() as now:
+            self.clock.epoch += 3600
+            self.timers.settle(now)
+            self.clock.epoch -= 3600
+        self.settled |= {n for at, n, _ in self.model.values() if at <= self.clock.now}
+
+    @rule(data=st.data())
+    def drop(self, data: st.DataObject) -> None:
+        """Timers are dropped one by one, but not what came in their place."""
+        requests = [request for _, _, request in self.model.values()]
+        if not requests:
+            return
+        for request in data.draw(st.lists(st.sampled_from(requests), max_size=3, unique_by=id)):
+            self.timers.drop([request])
+            del self.model[request.worker_id, request.scope_id]
+            self.timers.drop([request, TimerRequest(request.worker_id, "none", 0.0)])
+            self._forget_idle_group(request.worker_id)
+
     @invariant()
     def is_due_at_the_same_time(self) -> None:
-        for after in (float("-inf"), self.clock.now):
-            later = [deadline for deadline, _, _ in self.model.values() if deadline > after]
-            acquires = self.timers.table.acquires()
-            assert self.timers.next_deadline(after, acquires) == min(later, default=None)
+        due = [at for at, number, _ in self.model.values() if number not in self.settled]
+        assert self.timers.next_deadline() == min(due, default=None)
+
+    @invariant()
+    def tells_how_late_a_timer_is(self) -> None:
+        for deadline, _, request in self.model.values():
+            assert self.timers.seconds_late(request) == self.clock.now - deadline
+            moved = self.clock.epoch + deadline - self.clock.now
+            assert abs(self.timers.expiration_now(request) - moved) < 0.01
 
     @invariant()
     def holds_the_same_processes(self) -> None:
         for pid in self.processes:
             for worker in (pid, -pid):
                 assert self.timers.is_held(worker) == (worker in self.held)
-                assert self.timers.is_gone(worker) == (worker in self.held & self.gone)
+                assert self.timers.is_gone(worker, is_running) == (worker in self.held & self.gone)
         assert self.timers.has_unwatched() == bool(self.unwatched)
 
     @invariant()
     def has_a_descriptor_for_each_process(self) -> None:
         pidfds = sum(worker > 0 for worker in self.held) if self.has_pidfds else 0
         spare = 1
-        watched = self.descriptors_before + self.descriptors_of_watchdog
+        watched = self.descriptors_before + self.descriptors_of_loop
         assert len(open_descriptors()) == watched + spare + pidfds
 
     def _start(self) -> int:

@@ -147,9 +147,15 @@ class TimerServer(abc.ABC):
         self._daemon = daemon
         self._stop_signaled = False
         # Not before: its fork and exit hooks are no business of a process that has no server.
-        from elastic_timer._server.loop import Watchdog
+        from elastic_timer._server.loop import Loop
 
-        self._watchdog = Watchdog(self, daemon)
+        self._loop = Loop(
+            f"elastic-timer {type(self).__name__}",
+            daemon,
+            self._open,
+            self._watchdog_loop,
+            self._close,
+        )
 
     def __enter__(self) -> Self:
         self.start()
@@ -201,7 +207,7 @@ class TimerServer(abc.ABC):
     def _watchdog_loop(self) -> None:
         """Run rounds until the server is stopped; an error in one of them ends nothing."""
         while not self._stop_signaled:
-            self._watchdog.run_round(self._run_watchdog)
+            self._loop.run_round(self._run_watchdog)
 
     def _run_watchdog(self) -> None:
         """Run one round: wait for requests, register them, reap the workers that overran."""
@@ -229,18 +235,17 @@ class TimerServer(abc.ABC):
         """Start the watchdog; does nothing where it runs already.
 
         Raises:
-            RuntimeError: It was stopped while it was busy, and still is.
+            RuntimeError: It was stopped while it was busy, and still is; or the threads of this
+                process are eventlet's.
         """
-        if not self._watchdog.may_start():
-            return
         self._stop_signaled = False
-        self._watchdog.start()
-        logger.info(
-            "Started %s: max_interval=%s, daemon=%s",
-            type(self).__name__,
-            self._max_interval,
-            self._daemon,
-        )
+        if self._loop.start():
+            logger.info(
+                "Started %s: max_interval=%s, daemon=%s",
+                type(self).__name__,
+                self._max_interval,
+                self._daemon,
+            )
 
     def stop(self) -> None:
         """Stop the watchdog and wait for its thread; does nothing where it does not run.
@@ -249,16 +254,13 @@ class TimerServer(abc.ABC):
         when its `get` returns.
         """
         self._stop_signaled = True
-        self._watchdog.request_stop()
-        if self._watchdog.end():
-            self._release_resources()
-        logger.info("%s is stopped", type(self).__name__)
+        self._loop.stop()
 
-    def _release_resources(self) -> None:
-        self._watchdog.close()
+    def _open(self) -> None:
+        """Nothing to open: a `RequestQueue` of somebody's own is open."""
 
-    def _forget_parent(self) -> None:  # noqa: B027 - most subclasses have nothing to add.
-        """A forked child inherits nothing that this class has opened."""
+    def _close(self, is_child: bool = False) -> None:
+        """Nothing to give back."""
 
 
 class _Unset:

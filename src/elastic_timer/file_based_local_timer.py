@@ -13,23 +13,26 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
-from elastic_timer._server.callbacks import (
-    ROUND_ALLOWANCE,
-    Callbacks,
-    contained_logger,
-    run_contained,
+from elastic_timer import _clock
+from elastic_timer._server.callbacks import contained_logger
+from elastic_timer._server.events import (
+    Event,
+    Listener,
+    ServerStarted,
+    ServerStopped,
+    TimerEvent,
+    TimerExpired,
+    WorkerSignalled,
 )
-from elastic_timer._server.process import is_running
-from elastic_timer._server.rounds import REQUESTS, Rounds
-from elastic_timer._server.workers import WorkerTimers
-from elastic_timer._transport.fifo import Fifo, read_available
+from elastic_timer._server.server import REQUESTS, ProcessServer
+from elastic_timer._transport.fifo import FifoSource
 from elastic_timer._transport.pipe import PIPE_BUF, UNREACHABLE_AFTER, has_room, too_large
-from elastic_timer._transport.wire import LineBuffer, decode, encode, encode_line, encode_line_again
+from elastic_timer._transport.wire import encode, encode_line, encode_line_again
 from elastic_timer.api import TimerClient, TimerRequest
 from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
 
 if TYPE_CHECKING:
-    from typing_extensions import ParamSpec, Self
+    from typing_extensions import ParamSpec
 
     _P = ParamSpec("_P")
 
@@ -55,11 +58,6 @@ _OPEN_FLAGS = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)
 # How often a server looks whether its FIFO is still where it was made, in seconds: often enough
 # that clients, which try for about a second, find it again.
 _FIFO_CHECK = 0.5
-
-# How many unreadable lines of one read are named one by one. Each warning takes longer than the
-# line took to write: without a limit rubbish would keep the server from its deadlines.
-_NAMED_LINES = 10
-
 
 def _retry(max_retries: int, sleep_time: float) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Decorate a function so that it is tried again when it raises.
@@ -262,7 +260,7 @@ class FileTimerClient(TimerClient):
         self._send_request(FileTimerRequest(os.getpid(), scope_id, -1))
 
 
-class FileTimerServer:
+class FileTimerServer(ProcessServer[FileTimerRequest]):
     """Reads requests from a FIFO, and signals the processes that overrun their timers.
 
     Start one on each host; its workers can be any processes of that host, children or not. `with
@@ -274,27 +272,30 @@ class FileTimerServer:
 
     Args:
         file_path: Where to make the FIFO, readable and writable for this user alone. A FIFO that
-            lies there is replaced.
+            lies there and that nobody reads is replaced.
         run_id: A name for this run, for the logs.
         max_interval: The longest time between two rounds of the watchdog, in seconds. Deadlines
             and requests are seen to when they come, whatever it is.
         daemon: Whether the interpreter may exit while the watchdog runs.
         log_event: Called with an event's name and its request: "watchdog started", "watchdog
-            stopped" (without a request), "timer expired", "kill worker process". What it raises
-            is logged. The watchdog waits for it for at most a second in a round.
+            stopped" (without a request), "timer expired", "kill worker process". It runs on a
+            thread of its own, for which the watchdog does not wait. What it raises is logged.
         reap_self: Send this very process the same signal once a worker was reaped, as upstream
             does.
         kill_after: How many seconds a worker may outlive a signal other than SIGKILL before it
-            gets SIGKILL. None means for ever. Process groups are not followed.
+            gets SIGKILL, unless it leaves the block. None means for ever. Process groups are not
+            followed.
 
     Raises:
-        FileExistsError: Something lies at `file_path` that is no FIFO.
+        FileExistsError: Something lies at `file_path` that is no FIFO, or that a server reads.
         FileNotFoundError: The folder of `file_path` does not exist.
         NotImplementedError: The platform has no FIFOs.
         ValueError: `max_interval` or `kill_after` is not a positive number.
 
     .. versionadded:: 0.1.0
     """
+
+    _source: FifoSource[FileTimerRequest]
 
     def __init__(
         self,
@@ -307,51 +308,19 @@ class FileTimerServer:
         reap_self: bool = False,
         kill_after: float | None = None,
     ) -> None:
-        if not max_interval > 0:
-            raise ValueError(f"max_interval must be a positive number of seconds: {max_interval}")
-        if kill_after is not None and not kill_after > 0:
-            raise ValueError(f"kill_after must be a positive number of seconds: {kill_after}")
+        super().__init__(lambda: FifoSource(file_path, FileTimerRequest), run_id, max_interval, daemon, kill_after)
         self._file_path = file_path
-        self._run_id = run_id
-        self._max_interval = max_interval
-        self._daemon = daemon
-        self._log_event = log_event
         self._reap_self = reap_self
-        self._stop_signaled = False
         # Set, a round does not wait, and is the last.
         self._run_once = False
         self._request_count = 0
-        self._is_client_started = False
-        self._last_progress_time = int(time.time())
-        self._is_started = False
+        self._last_progress_time = int(_clock.epoch())
         self._is_cut_off = False
         self._next_fifo_check = 0.0
-        self._fatal_signal = 0
-        self._lines = LineBuffer()
-        # Apart, so that a log_event that blocks costs nobody the evidence.
-        self._events = Callbacks()
-        self._reports = Callbacks()
-        self._fifo = Fifo(file_path)
-        # Not before: its fork and exit hooks are no business of a process that has no server.
-        from elastic_timer._server.loop import Watchdog
-
-        self._watchdog = Watchdog(self, daemon)
-        self._workers: WorkerTimers[FileTimerRequest] = WorkerTimers(
-            self._watchdog,
-            # Looked up at each call: users replace it, on the class too.
-            lambda pid: self.is_process_running(pid),
-        )
-        self._timers = self._workers.table
-        self._rounds: Rounds[FileTimerRequest] = Rounds(
-            self, self._watchdog, self._workers, max_interval, kill_after
-        )
-
-    def __enter__(self) -> Self:
-        self.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.stop()
+        if log_event is not None:
+            self.subscribe(
+                _as_log_event(log_event), ServerStarted, ServerStopped, TimerExpired, WorkerSignalled
+            )
 
     def start(self) -> None:
         """Start the watchdog; does nothing where it runs already.
@@ -360,59 +329,22 @@ class FileTimerServer:
         from before are gone.
 
         Raises:
-            FileExistsError: Since the server was made, something else was put in its FIFO's place.
-            RuntimeError: It was stopped while it was busy, and still is.
+            FileExistsError: Since the server was made, something else was put in its FIFO's place,
+                or another server has begun to read at its path.
+            RuntimeError: It was stopped while it was busy, and still is; or the threads of this
+                process are eventlet's.
         """
-        if not self._watchdog.may_start():
-            return
-        self._stop_signaled = self._run_once = False
-        try:
-            self._workers.open()
-            self._fifo.make()
-            self._watchdog.watch(self._fifo.open(), REQUESTS)
-            self._watchdog.start()
-        except BaseException:
-            # Open, but read by nobody, it would swallow what clients send.
-            self._release_resources()
-            raise
-        self._is_started = True
-        logger.info(
-            "Started %s: max_interval=%s, daemon=%s, file_path=%s",
-            type(self).__name__,
-            self._max_interval,
-            self._daemon,
-            self._file_path,
-        )
-        self._emit_here("watchdog started")
-
-    def stop(self) -> None:
-        """Stop the watchdog, wait for its thread, and remove the FIFO; harmless when repeated."""
-        self._stop_signaled = True
-        self._end_watchdog()
-        if self._is_started:
-            self._is_started = False
-            logger.info("Stopped %s: file_path=%s", type(self).__name__, self._file_path)
-            self._emit_here("watchdog stopped")
+        self._run_once = False
+        super().start()
 
     def run_once(self) -> None:
         """Serve all that was sent, then end the watchdog and remove the FIFO."""
         self._run_once = True
-        self._end_watchdog()
-
-    @staticmethod
-    def is_process_running(pid: int) -> bool:
-        """Whether a process runs; one that has ended but was not waited for does not.
-
-        A process group is taken to run, as only a signal tells whether it has members.
-
-        Args:
-            pid: The process; negative means the process group of that number.
-        """
-        return is_running(pid)
+        self._loop.join()
 
     def get_last_progress_time(self) -> int:
         """When the watchdog's last round ended, in epoch seconds; now, until a client shows up."""
-        return self._last_progress_time if self._is_client_started else int(time.time())
+        return self._last_progress_time if self._source.has_read else int(_clock.epoch())
 
     def register_timers(self, timer_requests: list[FileTimerRequest]) -> None:
         """Acquire and release timers; requests of workers that are gone are dropped.
@@ -420,41 +352,20 @@ class FileTimerServer:
         Args:
             timer_requests: In the order of their arrival. A negative expiration time releases.
         """
-        if not timer_requests:
-            return
         self._request_count += len(timer_requests)
-        self._workers.register(timer_requests)
-        self._watchdog.wake_from_outside()
-
-    def clear_timers(self, worker_pids: set[int]) -> None:
-        """Drop all timers of some workers, and of those that are gone.
-
-        Args:
-            worker_pids: The workers.
-        """
-        gone = [pid for pid in self._timers.workers() if not self.is_process_running(pid)]
-        self._workers.clear([*worker_pids, *gone])
-
-    def get_expired_timers(self, deadline: float) -> dict[int, list[FileTimerRequest]]:
-        """The timers whose expiration time is `deadline` or before, by worker.
-
-        Args:
-            deadline: Epoch seconds, by the wall clock as it is now: where it was set since a timer
-                was registered, the timer's expiration time has moved along.
-        """
-        return self._workers.expired(deadline)
+        super().register_timers(timer_requests)
 
     def _watchdog_loop(self) -> None:
         """Run rounds until the server is stopped; an error in one of them ends nothing."""
-        while not self._stop_signaled:
+        while not self._loop.is_stopping():
             is_last = self._run_once
-            self._watchdog.run_round(self._run_next_round)
+            self._loop.run_round(self._run_next_round)
             if is_last:
                 break
 
     def _run_next_round(self) -> None:
-        self._run_watchdog(self._fifo.fileno())
-        self._last_progress_time = int(time.time())
+        self._run_watchdog(self._source.fileno())
+        self._last_progress_time = int(_clock.epoch())
 
     def _run_watchdog(self, fd: int) -> None:
         """Run one round: wait for requests, register them, reap the workers that overran.
@@ -462,34 +373,50 @@ class FileTimerServer:
         Args:
             fd: The FIFO, open for reading and non-blocking.
         """
-        self._events.begin_round()
-        self.register_timers(self._get_requests(fd, self._max_interval))
-        self._rounds.look_at_deadlines()
-        if self._reap_self and self._fatal_signal:
-            self._reap_worker(os.getpid(), self._fatal_signal)
+        self._round(lambda: self._get_requests(fd, self._max_interval))
+        if self._reap_self:
+            for signal in self._sent:
+                self._flush()
+                self._reap_worker(os.getpid(), signal)
 
     def _get_requests(self, fd: int, max_interval: float) -> list[FileTimerRequest]:
         """Wait until there is something to do, `max_interval` seconds at most."""
-        end = time.monotonic() + max_interval
-        is_due = is_fifo_lost = False
-        while not (is_due or is_fifo_lost or self._stop_signaled or self._run_once):
-            remaining = end - time.monotonic()
+        end = self._end_of_wait()
+        is_due = False
+        while not (is_due or self._loop.is_stopping() or self._run_once):
+            remaining = end - _clock.monotonic()
             if remaining <= 0:
-                return []  # Nothing was ready all the time: there is nothing to read or to mend.
-            is_due = self._rounds.wait(min(remaining, _FIFO_CHECK))
-            is_fifo_lost = self._is_fifo_lost()
-        requests = self._read_requests(fd)
-        if is_fifo_lost:
-            self._mend_fifo()
-        return requests
+                break
+            is_due = self._wait(min(remaining, _FIFO_CHECK))
+            # Not in every round: with a short max_interval that would be a third of an idle server.
+            if _clock.monotonic() >= self._next_fifo_check:
+                self._next_fifo_check = _clock.monotonic() + _FIFO_CHECK
+                self._keep_fifo()
+        return self._source.drain()
 
-    def _is_fifo_lost(self) -> bool:
-        # Not in every round: with a short max_interval that would be a third of an idle server.
-        now = time.monotonic()
-        if now < self._next_fifo_check:
-            return False
-        self._next_fifo_check = now + _FIFO_CHECK
-        return not self._fifo.is_in_place()
+    def _keep_fifo(self) -> None:
+        """Make the FIFO anew where it was removed; say so where that can't be done."""
+        if self._source.is_in_place():
+            return
+        # What was sent before, and can't be read any more from the new one.
+        self._register(self._source.drain())
+        old = self._source.fileno()
+        try:
+            new = self._source.mend()
+        except OSError as error:
+            if not self._is_cut_off:
+                _watchdog_logger.error(
+                    "No requests can arrive at %s any more: %s. The timers held are kept; a new "
+                    "server is needed",
+                    self._file_path,
+                    error.strerror,
+                )
+            self._is_cut_off = True
+        else:
+            self._loop.unwatch(old)
+            self._loop.watch(new, REQUESTS)
+            _watchdog_logger.warning("The FIFO %s was removed; made it anew", self._file_path)
+            self._is_cut_off = False
 
     def _get_scopes(self, timer_requests: list[FileTimerRequest]) -> list[str]:
         return [request.scope_id for request in timer_requests]
@@ -505,103 +432,26 @@ class FileTimerServer:
             return True
         return self._workers.signal(worker_pid, signal)
 
-    def _read_requests(self, fd: int) -> list[FileTimerRequest]:
-        data = read_available(fd)
-        self._is_client_started = self._is_client_started or bool(data)
-        requests = []
-        refused = 0
-        for line in self._lines.feed(data):
-            try:
-                requests.append(FileTimerRequest(*decode(line)))
-            except ValueError as error:
-                refused += 1
-                if refused <= _NAMED_LINES:
-                    _watchdog_logger.warning(
-                        "Dropped a line that is no request: %s: %.100r", error, line
-                    )
-        if refused > _NAMED_LINES:
-            _watchdog_logger.warning(
-                "Dropped %d more lines that are no requests", refused - _NAMED_LINES
-            )
-        return requests
+    def _signal_for(self, timer: FileTimerRequest) -> int:
+        return timer.signal
 
-    def _mend_fifo(self) -> None:
-        """Make the FIFO anew where it was removed; say so where that can't be done."""
-        try:
-            if not self._fifo.is_missing():
-                raise FileExistsError(errno.EEXIST, "something else was put in its place")
-            old = self._fifo.fileno()
-            self._fifo.make()
-            new = self._fifo.open()
-            self._watchdog.unwatch(old)
-            self._watchdog.watch(new, REQUESTS)
-        except OSError as error:
-            self._fifo.remove()  # If it was made and not opened, the next round has to try again.
-            if not self._is_cut_off:
-                _watchdog_logger.error(
-                    "No requests can arrive at %s any more: %s. The timers held are kept; a new "
-                    "server is needed",
-                    self._file_path,
-                    error.strerror,
-                )
-            self._is_cut_off = True
-        else:
-            _watchdog_logger.warning("The FIFO %s was removed; made it anew", self._file_path)
-            self._is_cut_off = False
-
-    def _drain_requests(self) -> list[FileTimerRequest]:
-        return self._read_requests(self._fifo.fileno())
-
-    def _report_expired(self, expired_timers: dict[int, list[FileTimerRequest]]) -> None:
-        report = functools.partial(
-            log_debug_info_for_expired_timers,
-            self._run_id,
-            {pid: [timer.to_json() for timer in timers] for pid, timers in expired_timers.items()},
-        )
-        if expired_timers:
-            self._reports.run(report, stacks_timeout() + ROUND_ALLOWANCE)
-        else:
-            report()
-
-    def _fatal_timer(
-        self, timers: list[FileTimerRequest], is_retry: bool
-    ) -> tuple[FileTimerRequest, int] | None:
-        for timer in timers:
-            if not is_retry:
-                self._emit("timer expired", timer)
-            if timer.signal > 0:
-                return timer, timer.signal
-        return None
-
-    def _signal_worker(self, pid: int, signal: int) -> bool:
+    def _send_signal(self, pid: int, signal: int) -> bool:
         return self._reap_worker(pid, signal)
 
-    def _confirm_reaped(self, timer: FileTimerRequest) -> None:
-        self._fatal_signal = timer.signal
-        self._emit("kill worker process", timer)
+    def _to_json(self, timer: FileTimerRequest, expiration_time: float) -> str:
+        return encode(
+            timer.version, timer.worker_pid, timer.scope_id, expiration_time, timer.signal
+        )
 
-    def _emit(self, name: str, request: FileTimerRequest) -> None:
-        if self._log_event is not None:
-            self._events.run(functools.partial(self._log_event, name, request))
+    def _call_debug_hook(self, expired: dict[int, list[str]]) -> object:
+        return log_debug_info_for_expired_timers(self._run_id, expired)
 
-    def _emit_here(self, name: str) -> None:
-        if self._log_event is not None:
-            run_contained(functools.partial(self._log_event, name, None))
+    def _debug_hook_timeout(self) -> float:
+        return stacks_timeout()
 
-    def _end_watchdog(self) -> None:
-        self._watchdog.request_stop()
-        if self._watchdog.end():
-            self._release_resources()
 
-    def _release_resources(self) -> None:
-        self._fifo.remove()
-        self._workers.close()
-        self._watchdog.close()
-        self._fifo.close()
+def _as_log_event(log_event: Callable[[str, FileTimerRequest | None], None]) -> Listener:
+    def listener(event: Event) -> None:
+        log_event(event.name, event.timer if isinstance(event, TimerEvent) else None)
 
-    def _forget_parent(self) -> None:
-        self._is_started = False
-        self._events = Callbacks()
-        self._reports = Callbacks()
-        self._workers.forget_parent()
-        self._fifo.forget_parent()
+    return listener

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import io
 import logging
 import os
@@ -12,11 +11,10 @@ import signal as signals
 import time
 from typing import TYPE_CHECKING, Any, Protocol
 
-from elastic_timer._server.callbacks import ROUND_ALLOWANCE, Callbacks, contained_logger
-from elastic_timer._server.process import is_running
-from elastic_timer._server.rounds import REQUESTS, Rounds
-from elastic_timer._server.workers import WorkerTimers
-from elastic_timer._transport import wire as _wire
+from elastic_timer import _clock
+from elastic_timer._server.callbacks import contained_logger
+from elastic_timer._server.server import ProcessServer
+from elastic_timer._transport import wire
 from elastic_timer._transport.queue_pipe import (
     PipeReader,
     PipeWriter,
@@ -80,7 +78,7 @@ class LocalTimerClient(TimerClient):
             RuntimeError: The request does not fit in one atomic write; shorten the scope.
             ValueError: The expiration time is NaN or infinite, or the queue is closed.
         """
-        _wire.check_timer(os.getpid(), scope_id, expiration_time)
+        wire.check_timer(os.getpid(), scope_id, expiration_time)
         self._send(TimerRequest(os.getpid(), scope_id, expiration_time))
 
     def release(self, scope_id: str) -> None:
@@ -137,18 +135,24 @@ class MultiprocessingRequestQueue(RequestQueue):
             requests += taken
         return requests
 
-    def _drain(self) -> list[TimerRequest]:
+    def drain(self) -> list[TimerRequest]:
         """Take out the requests that have arrived; never waits."""
         return self.get(_DRAIN_LIMIT, 0)
 
-    def _fileno(self) -> int | None:
+    def open(self) -> int | None:
         """The descriptor that becomes readable when there are requests; None where there is none.
 
         It is open until `_close`.
         """
         return None if self._pipe is None else self._pipe.fileno()
 
-    def _close(self) -> None:
+    def forget_parent(self) -> None:
+        self.close()
+
+    def has_descriptor(self) -> bool:
+        return self._pipe is not None
+
+    def close(self) -> None:
         """Close what `_fileno` opened; the queue itself stays open."""
         if self._pipe is not None:
             self._pipe.close()
@@ -186,7 +190,7 @@ def _unpickle(frame: bytes) -> TimerRequest | None:
     return request
 
 
-class LocalTimerServer(TimerServer):
+class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
     """Reads requests from a queue, and kills the processes that overrun their timers.
 
     The queue has to be made before the workers, and handed to them. `with server:` starts the
@@ -209,83 +213,39 @@ class LocalTimerServer(TimerServer):
     """
 
     _request_queue: MultiprocessingRequestQueue
+    _source: MultiprocessingRequestQueue
 
     def __init__(self, mp_queue: Queue[Any], max_interval: float = 60, daemon: bool = True) -> None:
-        if not max_interval > 0:
-            raise ValueError(f"max_interval must be a positive number of seconds: {max_interval}")
-        super().__init__(MultiprocessingRequestQueue(mp_queue), max_interval, daemon)
-        self._reports = Callbacks()
-        self._workers: WorkerTimers[TimerRequest] = WorkerTimers(self._watchdog, is_running)
-        self._timers = self._workers.table
-        self._rounds: Rounds[TimerRequest] = Rounds(
-            self, self._watchdog, self._workers, max_interval
+        super().__init__(
+            lambda: MultiprocessingRequestQueue(mp_queue), _RUN_ID, max_interval, daemon
         )
-        self._watched_fd: int | None = None
+        self._request_queue = self._source
 
-    def start(self) -> None:
-        """Start the watchdog; does nothing where it runs already.
-
-        The timers from before a `stop` are gone.
-
-        Raises:
-            RuntimeError: It was stopped while it was busy, and still is.
-        """
-        if self._watchdog.may_start():
-            self._workers.open()
-            super().start()
-
-    def register_timers(self, timer_requests: list[TimerRequest]) -> None:
-        """Acquire and release timers; requests of workers that are gone are dropped.
-
-        Args:
-            timer_requests: In the order of their arrival. A negative expiration time releases.
-        """
-        if timer_requests:
-            self._workers.register(timer_requests)
-            self._watchdog.wake_from_outside()
-
-    def clear_timers(self, worker_ids: set[int]) -> None:
-        """Drop all timers of some workers.
-
-        Args:
-            worker_ids: The workers.
-        """
-        self._workers.clear(worker_ids)
-
-    def get_expired_timers(self, deadline: float) -> dict[Any, list[TimerRequest]]:
-        """The timers whose expiration time is `deadline` or before, by worker.
-
-        Args:
-            deadline: Epoch seconds, by the wall clock as it is now: where it was set since a timer
-                was registered, the timer's expiration time has moved along.
-        """
-        return self._workers.expired(deadline)
+    def _watchdog_loop(self) -> None:
+        """Run rounds until the server is stopped; an error in one of them ends nothing."""
+        while not self._loop.is_stopping():
+            self._loop.run_round(self._run_watchdog)
 
     def _run_watchdog(self) -> None:
         """Run one round: wait for requests, register them, reap the workers that overran."""
-        self.register_timers(self._get_requests())
-        self._rounds.look_at_deadlines()
+        self._round(self._get_requests)
 
     def _get_requests(self) -> list[TimerRequest]:
         """Wait until there is something to do, `max_interval` seconds at most."""
-        end = time.monotonic() + self._max_interval
-        while not self._stop_signaled:
+        end = self._end_of_wait()
+        while not self._loop.is_stopping():
             grace = _SENDER_PATIENCE if self._request_queue.size() else 0
-            remaining = end + grace - time.monotonic()
-            if remaining <= 0 or self._wait(remaining):
+            remaining = end + grace - _clock.monotonic()
+            if remaining <= 0:
                 break
-        return self._drain_requests()
-
-    def _wait(self, timeout: float) -> bool:
-        """Wait; whether there may be something to do."""
-        if self._watched_fd is None:
-            fd = self._request_queue._fileno()
-            if fd is None:
-                self._rounds.wait(min(timeout, _ASK_INTERVAL))
-                return True
-            self._watchdog.watch(fd, REQUESTS)
-            self._watched_fd = fd
-        return self._rounds.wait(timeout)
+            if self._source.has_descriptor():
+                is_due = self._wait(remaining)
+            else:
+                self._wait(min(remaining, _ASK_INTERVAL))
+                is_due = True
+            if is_due:
+                break
+        return self._source.drain()
 
     def _reap_worker(self, worker_id: int) -> bool:
         """Kill a worker: every signal goes out through this hook.
@@ -295,50 +255,17 @@ class LocalTimerServer(TimerServer):
         """
         return self._workers.signal(worker_id, signals.SIGKILL)
 
-    def _drain_requests(self) -> list[TimerRequest]:
-        requests = []
-        for request in self._request_queue._drain():
-            try:
-                _wire.check_timer(request.worker_id, request.scope_id, request.expiration_time)
-            # Whatever an object of somebody's raises, or exits with, when it is looked at.
-            except BaseException as error:
-                logger.warning("Dropped what is no request: %s: %.100r", error, request)
-            else:
-                requests.append(request)
-        return requests
+    def _signal_for(self, timer: TimerRequest) -> int:
+        return signals.SIGKILL
 
-    def _report_expired(self, expired_timers: dict[int, list[TimerRequest]]) -> None:
-        if not expired_timers:
-            return
-        as_json = {
-            pid: [
-                _wire.encode(1, pid, timer.scope_id, timer.expiration_time, signals.SIGKILL)
-                for timer in timers
-            ]
-            for pid, timers in expired_timers.items()
-        }
-        report = functools.partial(log_debug_info_for_expired_timers, _RUN_ID, as_json)
-        self._reports.run(report, stacks_timeout() + ROUND_ALLOWANCE)
-
-    def _fatal_timer(self, timers: list[TimerRequest], is_retry: bool) -> tuple[TimerRequest, int]:
-        return timers[0], signals.SIGKILL
-
-    def _signal_worker(self, pid: int, signal: int) -> bool:
+    def _send_signal(self, pid: int, signal: int) -> bool:
         return self._reap_worker_no_throw(pid)
 
-    def _confirm_reaped(self, timer: TimerRequest) -> None:
-        """Nobody is told of events in this variant."""
+    def _to_json(self, timer: TimerRequest, expiration_time: float) -> str:
+        return wire.encode(1, timer.worker_id, timer.scope_id, expiration_time, signals.SIGKILL)
 
-    def _release_resources(self) -> None:
-        if self._watched_fd is not None:
-            self._watchdog.unwatch(self._watched_fd)
-            self._watched_fd = None
-        self._request_queue._close()
-        self._workers.close()
-        super()._release_resources()
+    def _call_debug_hook(self, expired: dict[int, list[str]]) -> object:
+        return log_debug_info_for_expired_timers(self._run_id, expired) if expired else None
 
-    def _forget_parent(self) -> None:
-        self._reports = Callbacks()
-        self._watched_fd = None
-        self._request_queue._close()
-        self._workers.forget_parent()
+    def _debug_hook_timeout(self) -> float:
+        return stacks_timeout()

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import threading
-import time
 import traceback
 from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-# How long the callbacks of one round may keep the watchdog from its work, all together. The same
-# again goes to what the log's handlers take.
-ROUND_ALLOWANCE = 1.0
+# How long a server that stops, and an interpreter that ends, wait for callbacks that block; and how
+# long the handlers of evidence may take beyond the stacks' own time. In seconds.
+PATIENCE = 1.0
 
-# What more is logged while a handler of the log blocks is lost: it must not fill the memory.
-_MOST_RECORDS_KEPT = 1000
+# What comes while so many callbacks wait for one that blocks is lost: it must not fill the memory.
+_MOST_KEPT = 1000
 
 
 class _ContainedLogger(logging.Logger):
@@ -43,8 +43,7 @@ class _ContainedLogger(logging.Logger):
             )
 
     def handle(self, record: logging.LogRecord) -> None:
-        if _records.unfinished() < _MOST_RECORDS_KEPT:
-            _records.run(functools.partial(_handle, self._named, record))
+        _records.submit(functools.partial(_handle, self._named, record))
 
 
 def contained_logger(name: str) -> logging.Logger:
@@ -78,83 +77,97 @@ def run_contained(callback: Callable[[], object]) -> None:
 
 
 class Callbacks:
-    """Runs callbacks one after the other on a thread of their own, and waits for each with a bound.
+    """Runs callbacks in their order on a thread of their own, for which nobody has to wait.
 
-    While one does not come back, those behind it are kept, to be run in their order, and are not
-    waited for. The thread lives only while there is something to run.
+    While one does not come back, those behind it are kept. The thread lives only while there is
+    something to run. Where none can be had, they are kept until one can.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._pending: deque[tuple[Callable[[], object], threading.Event]] = deque()
-        self._unfinished = 0
+        self._pending: deque[Callable[[], object]] = deque()
         self._has_thread = False
-        self._allowance = ROUND_ALLOWANCE
+        self._idle = threading.Event()
+        self._idle.set()
 
-    def unfinished(self) -> int:
-        """How many callbacks have not returned yet."""
-        return self._unfinished
-
-    def begin_round(self) -> None:
-        """Grant a new round its patience."""
-        self._allowance = ROUND_ALLOWANCE
-
-    def run(self, callback: Callable[[], object], patience: float | None = None) -> None:
-        """Run a callback and wait for it.
-
-        Args:
-            callback: What to call.
-            patience: How many seconds to wait at most. None means what is left to the round.
-        """
-        started = time.monotonic()
-        done, is_next = self._submit(callback)
-        limit = self._allowance if patience is None else patience
-        if is_next and limit > 0 and not done.wait(limit):
-            logger.warning("No return in time, so the watchdog goes on without: %r", callback)
-        if patience is None:
-            self._allowance = max(0.0, limit - (time.monotonic() - started))
-
-    def _submit(self, callback: Callable[[], object]) -> tuple[threading.Event, bool]:
-        """Queue a callback; the event tells that it is done, the bool that none is before it."""
-        done = threading.Event()
+    def submit(self, callback: Callable[[], object]) -> None:
+        """Have a callback run, without waiting for it."""
         with self._lock:
-            is_next = self._unfinished == 0
-            self._pending.append((callback, done))
-            self._unfinished += 1
+            if len(self._pending) < _MOST_KEPT:
+                self._pending.append(callback)
+            self._idle.clear()
             if self._has_thread:
-                return done, is_next
+                return
             self._has_thread = True
         thread = threading.Thread(target=self._run_pending, name="elastic-timer callbacks")
         thread.daemon = True
         try:
             thread.start()
-        except RuntimeError:  # No more threads to be had: late is better than never.
-            self._run_pending()
-        return done, is_next
+        except RuntimeError:  # No more threads to be had. To run it here could block for good.
+            self._has_thread = False
+
+    def run(self, callback: Callable[[], object], patience: float) -> None:
+        """Run a callback and wait for it, unless one before it has not come back.
+
+        Args:
+            callback: What to call.
+            patience: How many seconds to wait at most.
+        """
+        is_next = self._idle.is_set()
+        self.submit(callback)
+        if is_next and self._has_thread and not self._idle.wait(patience):
+            logger.warning("No return in time, so the watchdog goes on without: %r", callback)
+
+    def flush(self, patience: float) -> bool:
+        """Wait until all have run, for so many seconds at most; whether they have."""
+        return self._idle.wait(max(0.0, patience))
 
     def _run_pending(self) -> None:
         while True:
             with self._lock:
                 if not self._pending:
                     self._has_thread = False
+                    self._idle.set()
                     return
-                callback, done = self._pending.popleft()
+                callback = self._pending.popleft()
             run_contained(callback)
-            with self._lock:
-                self._unfinished -= 1
-            done.set()
 
 
 # Of the process, as logging itself is.
 _records = Callbacks()
 
 
-def begin_round() -> None:
-    """Grant the log's handlers the patience of a new round."""
-    _records.begin_round()
+def the_log() -> Callbacks:
+    """What runs the log's handlers: a listener that logs goes through it, in the log's order."""
+    return _records
+
+
+def flush_log(patience: float) -> bool:
+    """Wait until the log's handlers have what was logged; whether they have."""
+    return _records.flush(patience)
+
+
+def give_up_on_the_log() -> None:
+    """Let the interpreter end although a handler of the log blocks.
+
+    It would wait for good for the handler's lock, in `logging.shutdown`, and for that of the stream
+    to which the handler writes.
+    """
+    for reference in list(logging._handlerList):  # type: ignore[attr-defined] # No public list.
+        handler = reference()
+        if handler is None or handler.lock is None:
+            continue
+        if handler.lock.acquire(blocking=False):
+            handler.lock.release()
+            continue
+        logging._handlerList.remove(reference)  # type: ignore[attr-defined] # As above.
+        if getattr(handler, "stream", None) is sys.stderr:
+            sys.stderr = None
 
 
 def forget_parent() -> None:
     """Begin anew in a forked child, where the thread is not, and the lock may have been held."""
     global _records
     _records = Callbacks()
+
+

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import ClassVar, Generic, TypeVar
+
+from elastic_timer import _clock
+from elastic_timer._server.callbacks import Callbacks
 
 _Request = TypeVar("_Request")
 
@@ -110,3 +114,45 @@ class WorkerExited(WorkerEvent):
 
 
 Listener = Callable[[Event], object]
+
+
+class Events:
+    """Hands records to listeners, to each in their order and on a thread of its own.
+
+    Nobody waits for a listener: one that blocks or raises holds up neither the server nor another.
+    """
+
+    def __init__(self) -> None:
+        self._listeners: list[tuple[Listener, tuple[type[Event], ...], Callbacks]] = []
+
+    def subscribe(
+        self, listener: Listener, *kinds: type[Event], queue: Callbacks | None = None
+    ) -> None:
+        """Have a listener called with each record of these kinds.
+
+        Args:
+            listener: What to call.
+            kinds: Of which records.
+            queue: Where its calls wait for their turn. None means one of its own.
+        """
+        self._listeners.append((listener, kinds, Callbacks() if queue is None else queue))
+
+    def wants(self, kind: type[Event]) -> bool:
+        """Whether anybody listens to records of a kind."""
+        return any(issubclass(kind, kinds) for _, kinds, _ in self._listeners)
+
+    def publish(self, event: Event) -> None:
+        """Hand a record to those who listen to its kind."""
+        for listener, kinds, callbacks in self._listeners:
+            if isinstance(event, kinds):
+                callbacks.submit(functools.partial(listener, event))
+
+    def flush(self, patience: float) -> None:
+        """Wait until the listeners have all that was published, for so many seconds at most."""
+        end = _clock.monotonic() + patience
+        for _, _, callbacks in self._listeners:
+            callbacks.flush(end - _clock.monotonic())
+
+    def forget_parent(self) -> None:
+        """Begin anew in a forked child, where no thread of a listener is."""
+        self._listeners = [(listener, kinds, Callbacks()) for listener, kinds, _ in self._listeners]

@@ -1,4 +1,4 @@
-"""The watchdog's thread, and the one place where it waits."""
+"""A server's thread, and the one place where it waits."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import atexit
 import contextlib
 import os
 import selectors
+import sys
 import threading
 import weakref
 from collections.abc import Callable
-from typing import Protocol
 
 # Loaded with the first server: the first worker's end shall not wait for it.
 import elastic_timer._evidence  # noqa: F401
-from elastic_timer._server import callbacks as _callbacks
+from elastic_timer._server import callbacks
 
-logger = _callbacks.contained_logger(__name__)
+logger = callbacks.contained_logger(__name__)
 
 # The pause after a round that raised: an error that comes back at once must not burn a core.
 _ERROR_PAUSE = 0.1
@@ -23,107 +23,118 @@ _ERROR_PAUSE = 0.1
 # How long stop() waits for a watchdog that is busy, most likely in somebody's callback.
 _STOP_PATIENCE = 10.0
 
+# How long start() waits for a watchdog that was told to stop just before.
+_START_PATIENCE = 1.0
+
 # Linux lets a wait come to its end up to a thousandth of its length too late (the timer slack of
 # poll(2) and the like): one of a minute would end up to 60 ms behind a deadline.
 _LONGEST_WAIT = 0.5
 
-_all_watchdogs: weakref.WeakSet[Watchdog] = weakref.WeakSet()
+_all_loops: weakref.WeakSet[Loop] = weakref.WeakSet()
 
 
-class Owner(Protocol):
-    """What a watchdog works for: a timer server."""
+class Loop:
+    """Runs a server on a thread, lets it wait there, and wakes it from other threads.
 
-    def _watchdog_loop(self) -> None:
-        """Run rounds until told to stop."""
+    What the server opens is opened and closed on that thread: there no Ctrl-C comes in between.
 
-    def _release_resources(self) -> None:
-        """Give back what was opened for the loop. Called by the thread that saw the loop's end."""
+    Args:
+        name: The thread's name.
+        daemon: Whether the interpreter may exit while it runs.
+        open_all: Opens what the rounds need. What it raises is raised by `start`.
+        run: Runs rounds until `stop` was called.
+        close_all: Gives back what was opened, and does no harm when repeated. Called with True in
+            a forked child, which must leave alone what its parent goes on using.
+    """
 
-    def _forget_parent(self) -> None:
-        """Close, in a forked child, what belongs to its parent."""
-
-    def stop(self) -> None:
-        """Stop the server."""
-
-
-class Watchdog:
-    """Runs a server's loop on a thread, lets it wait there, and wakes it from other threads."""
-
-    def __init__(self, owner: Owner, daemon: bool) -> None:
-        self._owner = owner
+    def __init__(
+        self,
+        name: str,
+        daemon: bool,
+        open_all: Callable[[], object],
+        run: Callable[[], object],
+        close_all: Callable[[bool], object],
+    ) -> None:
+        self._name = name
         self._daemon = daemon
-        # Of what several threads use: the end of the loop, and what it waits with.
-        self._lock = threading.RLock()
-        self._thread: threading.Thread | None = None
-        self._loop_has_ended = True
-        self._thread_releases = False
-        self._stop_requested = threading.Event()
+        self._open_all = open_all
+        self._run_rounds = run
+        self._close_all = close_all
+        self._forget()
         self._selector: selectors.BaseSelector | None = None
         self._wake_fds: tuple[int, int] | None = None
-        _all_watchdogs.add(self)
+        _all_loops.add(self)
+        _stop_at_the_end_of_a_child()
 
     def __del__(self) -> None:
-        self.close()
+        self._close()
 
-    def may_start(self) -> bool:
-        """Whether the thread does not run.
+    def start(self) -> bool:
+        """Start the thread and wait until everything is open; False where it runs already.
 
         Raises:
-            RuntimeError: It was told to stop and is still busy with its last round.
+            RuntimeError: It was told to stop and is still busy with its last round; or there are no
+                threads, or none that run by themselves.
+            BaseException: What `open_all` raised.
         """
-        if self._thread is not None and self._thread.is_alive():
-            return False
-        if not self._loop_has_ended:
-            raise RuntimeError("the watchdog was told to stop and is still in its last round")
+        thread = self._run.thread
+        if thread is not None and thread.is_alive():
+            if not self.is_stopping():
+                return False
+            if thread is not threading.current_thread():
+                thread.join(_START_PATIENCE)
+            if thread.is_alive():
+                raise RuntimeError("the watchdog was told to stop and is still in its last round")
+        refuse_green_threads()
+        _stop_at_the_end_of_a_child()
+        self._run = run = _Run()
+        run.thread = threading.Thread(
+            target=self._serve, args=(run,), name=self._name, daemon=self._daemon
+        )
+        try:
+            run.thread.start()
+            run.is_open.wait()
+        except RuntimeError:  # No more threads.
+            run.thread = None
+            self._close()
+            raise
+        except BaseException:
+            # Ctrl-C. Whether the thread runs yet is not known; where it does, it gives all back.
+            run.stop_requested.set()
+            self.wake()
+            raise
+        if run.failure is not None:
+            run.thread.join()
+            raise run.failure
         return True
 
-    def start(self) -> None:
-        """Start the thread, which `may_start` has allowed."""
-        self._stop_requested.clear()
-        self._loop_has_ended = False
-        self._thread_releases = False
-        name = f"elastic-timer {type(self._owner).__name__}"
-        self._thread = threading.Thread(target=self._run, name=name, daemon=self._daemon)
-        try:
-            self._thread.start()
-        except RuntimeError:
-            self._thread = None
-            self._loop_has_ended = True
-            raise
+    def stop(self) -> None:
+        """End the thread, unless it is the caller, and wait for that; harmless when repeated.
 
-    def end(self) -> bool:
-        """Wake the thread and wait for its end, which its loop must have been told to reach.
-
-        Returns:
-            True if it has ended. Otherwise it is busy, or it is the caller itself, and it will
-            release the server's resources when it ends.
+        It is waited for 10 s at most. Then it is busy, and gives everything back when it ends.
         """
-        thread, self._thread = self._thread, None
-        if thread is not None and thread is not threading.current_thread():
-            self.wake()
-            thread.join(_STOP_PATIENCE)
-        with self._lock:
-            self._thread_releases = not self._loop_has_ended
-        return self._loop_has_ended
+        self._run.stop_requested.set()
+        self.join()
 
-    def run_round(self, one_round: Callable[[], object]) -> None:
-        """Run a round of the loop; an error in it is logged, and ends nothing but the round."""
-        _callbacks.begin_round()
-        try:
-            one_round()
-        # Also SystemExit: it would end the watch without a word.
-        except BaseException:
-            logger.exception("Error in a round of the watchdog; it goes on")
-            self.pause(_ERROR_PAUSE)
-
-    def request_stop(self) -> None:
-        """End a pause and a wait that is under way, and all later ones at once."""
-        self._stop_requested.set()
+    def join(self) -> None:
+        """Wait for the end of a thread that was told to end, as `stop` does."""
+        run = self._run
         self.wake()
+        if run.thread is threading.current_thread():
+            return
+        if run.thread is not None and run.thread.is_alive():
+            run.thread.join(_STOP_PATIENCE)
+        # The thread closes all by itself, where no Ctrl-C can cut it short.
+        if run.thread is None or not run.has_begun:
+            self._close()
+
+    def is_stopping(self) -> bool:
+        """Whether the thread was told to end."""
+        return self._run.stop_requested.is_set()
 
     def wake_from_outside(self) -> None:
         """Let the thread look again, unless it is the caller."""
-        if threading.current_thread() is not self._thread:
+        if threading.current_thread() is not self._run.thread:
             self.wake()
 
     def wake(self) -> None:
@@ -134,26 +145,38 @@ class Watchdog:
             if self._wake_fds is not None:
                 os.write(self._wake_fds[1], b"\0")
 
+    def run_round(self, one_round: Callable[[], object]) -> None:
+        """Run a round; an error in it is logged, and ends nothing but the round."""
+        try:
+            one_round()
+        # Also SystemExit: it would end the watch without a word.
+        except BaseException:
+            logger.exception("Error in a round of the watchdog; it goes on")
+            self.pause(_ERROR_PAUSE)
+
     def pause(self, seconds: float) -> None:
-        """Let time pass, less where the server is told to stop."""
-        self._stop_requested.wait(seconds)
+        """Let time pass, less where the thread is told to stop."""
+        if seconds > 0:
+            self._run.stop_requested.wait(seconds)
 
     def watch(self, fd: int, what: object) -> None:
         """Let `wait` return `what` when there is something to read from `fd`."""
-        self._open().register(fd, selectors.EVENT_READ, what)
+        self.unwatch(fd)  # A number whose file was closed behind our back is somebody else's now.
+        self._selector_().register(fd, selectors.EVENT_READ, what)
 
     def unwatch(self, fd: int) -> None:
-        """Undo `watch`. To be called before the descriptor is closed."""
+        """Undo `watch`. To be called before the descriptor's number is another file's."""
         if self._selector is not None:
-            self._selector.unregister(fd)
+            with contextlib.suppress(KeyError):  # It could not be watched in the first place.
+                self._selector.unregister(fd)
 
     def wait(self, timeout: float) -> list[object]:
         """Wait for one of the descriptors watched, for `wake`, or for `timeout` seconds.
 
         It may return early with nothing.
         """
-        selector = self._open()
-        if self._stop_requested.is_set():
+        selector = self._selector_()
+        if self.is_stopping():
             timeout = 0
         ready = [key.data for key, _ in selector.select(min(max(timeout, 0), _LONGEST_WAIT))]
         if None in ready and self._wake_fds is not None:
@@ -161,8 +184,34 @@ class Watchdog:
             ready.remove(None)
         return ready
 
-    def close(self) -> None:
-        """Close the descriptors it waits with."""
+    def _serve(self, run: _Run) -> None:
+        run.has_begun = True
+        try:
+            if not run.stop_requested.is_set():
+                self._open_all()
+                run.is_open.set()
+                self._run_rounds()
+        # A loop of somebody's own, or no memory even to log an error of a round.
+        except BaseException as error:
+            if not run.is_open.is_set():
+                run.failure = error
+            else:
+                logger.exception(
+                    "The watchdog has died; nobody is watched until the server starts anew"
+                )
+        finally:
+            # Left open by a watchdog that died, the way in would swallow what clients send.
+            callbacks.run_contained(self._close)
+            run.is_open.set()
+
+    def _close(self) -> None:
+        with self._lock:
+            try:
+                self._close_all(False)
+            finally:
+                self._close_selector()
+
+    def _close_selector(self) -> None:
         with self._lock:
             if self._selector is not None:
                 self._selector.close()
@@ -171,24 +220,14 @@ class Watchdog:
                 os.close(fd)
             self._wake_fds = None
 
-    def _run(self) -> None:
-        has_died = False
-        try:
-            self._owner._watchdog_loop()
-        # A loop of somebody's own, or no memory even to log an error of a round.
-        except BaseException:
-            has_died = True
-            logger.exception(
-                "The watchdog has died; nobody is watched until the server starts anew"
-            )
-        finally:
-            with self._lock:
-                self._loop_has_ended = True
-                # Left open by a watchdog that died, the way in would swallow what clients send.
-                if self._thread_releases or has_died:
-                    self._owner._release_resources()
+    def _forget_parent(self) -> None:
+        self._forget()
+        # First: the parent waits with the same one, and would no longer be told of what is
+        # taken out of it here.
+        self._close_selector()
+        self._close_all(True)
 
-    def _open(self) -> selectors.BaseSelector:
+    def _selector_(self) -> selectors.BaseSelector:
         # A worker registered from another thread may have it watched before the thread waits.
         with self._lock:
             if self._selector is None:
@@ -205,26 +244,63 @@ class Watchdog:
                 self._selector, self._wake_fds = selector, (reader, writer)
             return self._selector
 
-    def _forget_parent(self) -> None:
-        # The lock may have been held, and the thread is not there, in a forked child.
+    def _forget(self) -> None:
+        # In a forked child the lock may have been held, and the thread is not there.
         self._lock = threading.RLock()
-        self._stop_requested = threading.Event()
-        self._thread = None
-        self._loop_has_ended = True
-        self.close()
-        self._owner._forget_parent()
+        self._run = _Run()
+
+
+class _Run:
+    """One time that the thread runs, from a start to its end."""
+
+    def __init__(self) -> None:
+        self.thread: threading.Thread | None = None
+        self.has_begun = False
+        self.stop_requested = threading.Event()
+        self.is_open = threading.Event()
+        self.failure: BaseException | None = None
+
+
+def refuse_green_threads() -> None:
+    """Raise RuntimeError where threads do not run by themselves."""
+    patcher = sys.modules.get("eventlet.patcher")
+    if patcher is not None and patcher.is_monkey_patched("thread"):
+        raise RuntimeError(
+            "eventlet has replaced the threads of this process by its own, in which a watchdog "
+            "stands still while the others work: start the server in a process of its own, or with "
+            "`elastic-timer run -- ...`"
+        )
 
 
 def _forget_parents() -> None:
-    _callbacks.forget_parent()
-    for watchdog in list(_all_watchdogs):
-        watchdog._forget_parent()
+    callbacks.forget_parent()
+    for loop in list(_all_loops):
+        loop._forget_parent()
 
 
 def _stop_all() -> None:
-    for watchdog in list(_all_watchdogs):
-        if watchdog._thread is not None:
-            watchdog._owner.stop()
+    loops = list(_all_loops)
+    for loop in loops:
+        loop.stop()
+    if loops and not callbacks.flush_log(callbacks.PATIENCE):
+        callbacks.give_up_on_the_log()
+
+
+_pid_with_finalizer = 0
+
+
+def _stop_at_the_end_of_a_child() -> None:
+    """Have servers stopped where multiprocessing ends a child, past `atexit`."""
+    global _pid_with_finalizer
+    process = sys.modules.get("multiprocessing.process")
+    if process is None or process.parent_process() is None or _pid_with_finalizer == os.getpid():
+        return
+    from multiprocessing.util import Finalize
+
+    # With a priority it comes before children are waited for, and before threads that are no
+    # daemons: those of servers would never end.
+    Finalize(None, _stop_all, exitpriority=0)
+    _pid_with_finalizer = os.getpid()
 
 
 if hasattr(os, "register_at_fork"):

@@ -20,6 +20,14 @@ logger = contained_logger(__name__)
 
 _NO_PROCESS = -1
 
+# What is read of a worker's environment, and nothing else: who it is in its job.
+_RANK_NAMES = frozenset(
+    {
+        "RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT",
+        "TORCHELASTIC_RUN_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK",
+    }
+)  # fmt: skip
+
 
 def refusal(pid: int) -> str | None:
     """Why this pid is never signalled; None where it may be."""
@@ -203,6 +211,30 @@ def stat_of(pid: int) -> list[str] | None:
         return [] if os.path.exists("/proc/self/stat") else None
     except OSError:
         return None
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """What the environment that a process was started with says of its rank and job."""
+    try:
+        with open(f"/proc/{pid}/environ", encoding="utf-8", errors="replace") as file:
+            entries = (entry.partition("=") for entry in file.read().split("\0"))
+            return {name: value for name, _, value in entries if name in _RANK_NAMES}
+    except OSError:
+        return {}
+
+
+def ranks_of(pid: int) -> tuple[int | None, int | None]:
+    """The rank of a process in its job and among those of its host; None where it has none.
+
+    They are read off the environment it was started with, where launchers put them.
+    """
+    environment = environment_of(pid)
+
+    def number(*names: str) -> int | None:
+        texts = (environment[name] for name in names if name in environment)
+        return next((int(text) for text in texts if text.isdecimal()), None)
+
+    return number("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"), number("LOCAL_RANK")
 
 
 def state_of(pid: int) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Hashable, Iterator, Mapping
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
 _Worker = TypeVar("_Worker", bound=Hashable)
 _Request = TypeVar("_Request")
@@ -17,21 +17,32 @@ _Request = TypeVar("_Request")
 _HEAP_SLACK = 64
 
 
+class _Timer(NamedTuple, Generic[_Request]):
+    serial: int
+    deadline: float
+    request: _Request
+
+
 class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Request]):
-    """A mapping from (worker, scope) to request that knows the earliest deadline."""
+    """A mapping from (worker, scope) to request that knows the earliest deadline.
+
+    A timer whose deadline has passed is held on until it is dropped. Once it was `settled` it no
+    longer counts for `next_deadline`: somebody has looked at it and knows what it waits for.
+    """
 
     def __init__(self) -> None:
-        self._timers: dict[_Worker, dict[str, tuple[int, _Request]]] = {}
+        self._timers: dict[_Worker, dict[str, _Timer[_Request]]] = {}
         self._size = 0
         self._serial = 0
         # Deadline, serial, worker, scope. The serial breaks ties, so that workers are never
         # compared, and tells a live entry from one whose timer was released or acquired anew.
         self._heap: list[tuple[float, int, _Worker, str]] = []
+        self._settled: list[tuple[float, int, _Worker, str]] = []
 
     def __getitem__(self, key: tuple[_Worker, str]) -> _Request:
         worker, scope = key
         try:
-            return self._timers[worker][scope][1]
+            return self._timers[worker][scope].request
         except KeyError:
             raise KeyError(key) from None
 
@@ -51,7 +62,7 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
         scopes = self._timers.setdefault(worker, {})
         self._size += scope not in scopes
         self._serial += 1
-        scopes[scope] = self._serial, request
+        scopes[scope] = _Timer(self._serial, deadline, request)
         heapq.heappush(self._heap, (deadline, self._serial, worker, scope))
         self._prune()
 
@@ -70,6 +81,10 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
         self._size -= len(self._timers.pop(worker, ()))
         self._prune()
 
+    def scopes(self, worker: _Worker) -> list[str]:
+        """The scopes for which a worker holds a timer."""
+        return list(self._timers.get(worker, ()))
+
     def holds(self, worker: _Worker) -> bool:
         """Whether a worker has a timer."""
         return worker in self._timers
@@ -78,63 +93,49 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
         """The workers that hold a timer."""
         return list(self._timers)
 
+    def deadline(self, worker: _Worker, scope: str) -> float | None:
+        """When the worker's timer for a scope is due; None where it holds none."""
+        timer = self._timers.get(worker, {}).get(scope)
+        return None if timer is None else timer.deadline
+
     def expired(self, now: float) -> dict[_Worker, list[_Request]]:
         """The requests due at `now` or before, by worker, each worker's oldest first.
 
         Asks only the due part of the heap: the cost does not grow with the timers still running.
         """
-        due = []
+        due = [entry for entry in self._settled if entry[0] <= now and self._is_live(entry)]
         pending = [0]
         while pending:
             index = pending.pop()
             if index < len(self._heap) and self._heap[index][0] <= now:
                 pending += (2 * index + 1, 2 * index + 2)
-                if self._is_live(index):
+                if self._is_live(self._heap[index]):
                     due.append(self._heap[index])
         found: dict[_Worker, list[_Request]] = {}
         for _, _, worker, scope in sorted(due, key=lambda entry: entry[:2]):
             found.setdefault(worker, []).append(self[worker, scope])
         return found
 
-    def acquires(self) -> int:
-        """How many timers have been acquired so far, released ones included."""
-        return self._serial
+    def settle(self, now: float) -> None:
+        """Take note that what is due at `now` or before was looked at."""
+        self._settled = [entry for entry in self._settled if self._is_live(entry)]
+        while self._heap and self._heap[0][0] <= now:
+            entry = heapq.heappop(self._heap)
+            if self._is_live(entry):
+                self._settled.append(entry)
 
-    def next_deadline(
-        self, after: float = float("-inf"), new_since: float = float("inf")
-    ) -> float | None:
-        """The earliest deadline that is later than `after`, or of a timer that is new.
-
-        Args:
-            after: A time.
-            new_since: What `acquires` was once; the timers acquired since are new.
-
-        Returns:
-            None where there is no such timer.
-        """
-        while self._heap and not self._is_live(0):
+    def next_deadline(self) -> float | None:
+        """The earliest deadline that was not settled; None where there is none."""
+        while self._heap and not self._is_live(self._heap[0]):
             heapq.heappop(self._heap)
-        earliest: float | None = None
-        pending = [0]
-        while pending:
-            index = pending.pop()
-            if index >= len(self._heap):
-                continue
-            deadline, serial = self._heap[index][:2]
-            if earliest is not None and deadline >= earliest:
-                continue
-            if (deadline > after or serial > new_since) and self._is_live(index):
-                earliest = deadline
-            else:
-                pending += (2 * index + 1, 2 * index + 2)
-        return earliest
+        return self._heap[0][0] if self._heap else None
 
-    def _is_live(self, index: int) -> bool:
-        _, serial, worker, scope = self._heap[index]
-        held = self._timers.get(worker, {}).get(scope)
-        return held is not None and held[0] == serial
+    def _is_live(self, entry: tuple[float, int, _Worker, str]) -> bool:
+        _, serial, worker, scope = entry
+        timer = self._timers.get(worker, {}).get(scope)
+        return timer is not None and timer.serial == serial
 
     def _prune(self) -> None:
         if len(self._heap) > 2 * self._size + _HEAP_SLACK:
-            self._heap = [entry for index, entry in enumerate(self._heap) if self._is_live(index)]
+            self._heap = [entry for entry in self._heap if self._is_live(entry)]
             heapq.heapify(self._heap)

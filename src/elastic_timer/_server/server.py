@@ -1,0 +1,582 @@
+"""A timer server over processes: the round, from the wait for requests to the signal and after."""
+
+from __future__ import annotations
+
+import logging
+import signal as signals
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+
+from elastic_timer import _clock
+from elastic_timer._server import callbacks
+from elastic_timer._server.events import (
+    Event,
+    Events,
+    Listener,
+    ServerStarted,
+    ServerStopped,
+    TimerAcquired,
+    TimerExpired,
+    TimerReleased,
+    WorkerExited,
+    WorkerSignalled,
+)
+from elastic_timer._server.process import is_running, refusal, state_of
+from elastic_timer._server.workers import Request, Workers
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+logger = callbacks.contained_logger(__name__)
+
+_R = TypeVar("_R", bound=Request)
+_R_co = TypeVar("_R_co", bound=Request, covariant=True)
+_Result = TypeVar("_Result")
+
+# What `Loop.wait` returns for the descriptor that requests come from.
+REQUESTS = "requests"
+
+# Once the first request is there, the rest of its burst is waited for so long, in seconds. Without
+# it an acquire and its release, sent back to back, would be seen apart, and each wake the server.
+_GATHER = 0.01
+
+# A selector counts in milliseconds, and rounds up twice. The last seconds, so many, before a
+# deadline are waited for by a finer clock.
+_FINE = 0.002
+
+# The shortest time between two rounds without work, in seconds. Less is a busy loop.
+_SHORTEST_INTERVAL = 0.001
+
+# The pause after requests could not be got: an error that comes back at once must not burn a core.
+_ERROR_PAUSE = 0.1
+
+# The pause before a worker that could not be signalled is tried again, in seconds. Where the hook
+# raised, the first one is short, and each is twice the one before. The longest is also that between
+# two looks at workers whose exit no descriptor tells of.
+_FIRST_RETRY = 0.005
+_RETRY = 1.0
+
+# What listeners get that do not say what they want: all that does not come with every block.
+_RARE_EVENTS = (ServerStarted, ServerStopped, TimerExpired, WorkerSignalled, WorkerExited)
+
+# A process that is still there so long after SIGKILL hangs in the kernel, where nobody can help.
+_UNKILLABLE_AFTER = 5.0
+
+
+class Source(Protocol[_R_co]):
+    """What requests come from: a FIFO, or the pipe of a queue."""
+
+    def open(self) -> int | None:
+        """Open it; the descriptor that becomes readable with a request, if there is one."""
+
+    def drain(self) -> list[_R_co]:
+        """The requests that have arrived; never waits."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is open, however often it is called."""
+
+    def forget_parent(self) -> None:
+        """Give back, in a forked child, what its parent goes on using."""
+
+
+class _Retry(NamedTuple):
+    """A worker that could not be signalled: when it is tried again, and the pause before that."""
+
+    at: float
+    pause: float
+
+
+class _Signalled(NamedTuple, Generic[_R]):
+    """A worker that was signalled for a timer: until when it is given time to end."""
+
+    timer: _R
+    signal: int
+    until: float
+
+
+class ProcessServer(Generic[_R]):
+    """What the servers over a FIFO and over a queue have in common, which is nearly everything.
+
+    A subclass says where requests come from, which signal a timer asks for, and what is reported
+    before a worker is signalled.
+
+    Args:
+        make_source: Makes what requests come from.
+        run_id: A name for this run, for the logs.
+        max_interval: The longest time between two rounds, in seconds.
+        daemon: Whether the interpreter may exit while the watchdog runs.
+        kill_after: How many seconds a worker may outlive a signal other than SIGKILL before it
+            gets SIGKILL. None means for ever.
+
+    Raises:
+        ValueError: `max_interval` or `kill_after` is not a positive number.
+    """
+
+    def __init__(
+        self,
+        make_source: Callable[[], Source[_R]],
+        run_id: str,
+        max_interval: float,
+        daemon: bool,
+        kill_after: float | None = None,
+    ) -> None:
+        if not max_interval > 0:
+            raise ValueError(f"max_interval must be a positive number of seconds: {max_interval}")
+        if kill_after is not None and not kill_after > 0:
+            raise ValueError(f"kill_after must be a positive number of seconds: {kill_after}")
+        # Not before: its fork and exit hooks are no business of a process that has no server.
+        from elastic_timer._server.loop import Loop, refuse_green_threads
+
+        refuse_green_threads()
+        self._source = make_source()
+        self._run_id = run_id
+        self._max_interval = max_interval
+        self._daemon = daemon
+        self._kill_after = kill_after
+        self._stop_signaled = False
+        self._is_open = False
+        self._loop = Loop(
+            f"elastic-timer {type(self).__name__}",
+            daemon,
+            self._open,
+            self._watchdog_loop,
+            self._close,
+        )
+        self._workers: Workers[_R] = Workers(self._loop)
+        self._timers = self._workers.table
+        self._events = Events()
+        self._events.subscribe(self._log_signalled, WorkerSignalled, queue=callbacks.the_log())
+        # Apart from the events, so that a listener that blocks costs nobody the evidence.
+        self._reports = callbacks.Callbacks()
+        self._exited: list[int] = []
+        # What overdue workers were sent in this round.
+        self._sent: list[int] = []
+        self._looked_at = 0.0
+        self._retries: dict[int, _Retry] = {}
+        self._signalled: dict[int, _Signalled[_R]] = {}
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    def start(self) -> None:
+        """Start the watchdog; does nothing where it runs already.
+
+        When it returns, requests count. The timers from before a `stop` are gone.
+
+        Raises:
+            OSError: What requests come through can't be opened.
+            RuntimeError: It was stopped while it was busy, and still is; or the threads of this
+                process are eventlet's.
+        """
+        self._stop_signaled = False
+        if self._loop.start():
+            logger.info(
+                "Started %s: max_interval=%s, daemon=%s",
+                type(self).__name__,
+                self._max_interval,
+                self._daemon,
+            )
+
+    def stop(self) -> None:
+        """Stop the watchdog and wait for its thread; harmless when repeated.
+
+        It ends a wait at once. When it returns, listeners were given a second at most to catch up.
+        """
+        self._stop_signaled = True
+        self._loop.stop()
+
+    def subscribe(self, listener: Listener, *kinds: type[Event]) -> None:
+        """Have a listener called with what happens, in its order and on a thread of its own.
+
+        Args:
+            listener: Called with each record. What it raises is logged. Nobody waits for it, but
+                that more than a thousand records behind those that come are lost.
+            kinds: The kinds of records. None means all but the acquires and releases of timers.
+        """
+        self._events.subscribe(listener, *(kinds or _RARE_EVENTS))
+
+    @staticmethod
+    def is_process_running(pid: int) -> bool:
+        """Whether a process runs; one that has ended but was not waited for does not.
+
+        A process group is taken to run, as only a signal tells whether it has members.
+
+        Args:
+            pid: The process; negative means the process group of that number.
+        """
+        return is_running(pid)
+
+    def register_timers(self, timer_requests: list[_R]) -> None:
+        """Acquire and release timers; requests of workers that are gone are dropped.
+
+        Args:
+            timer_requests: In the order of their arrival. A negative expiration time releases.
+        """
+        if not timer_requests:
+            return
+        counted = self._workers.register(timer_requests, self.is_process_running)
+        if self._signalled:
+            self._forgive(counted)
+        if self._events.wants(TimerAcquired) or self._events.wants(TimerReleased):
+            for request in counted:
+                kind = TimerReleased if request.expiration_time < 0 else TimerAcquired
+                pid = request.worker_id
+                self._events.publish(
+                    kind(_clock.epoch(), pid, *self._workers.ranks(pid), request)
+                )
+        self._loop.wake_from_outside()
+
+    def clear_timers(self, worker_pids: set[int]) -> None:
+        """Drop all timers of some workers, and of those that are gone.
+
+        Args:
+            worker_pids: The workers.
+        """
+        gone = [pid for pid in self._timers.workers() if not self.is_process_running(pid)]
+        self._workers.clear([*worker_pids, *gone])
+
+    def get_expired_timers(self, deadline: float) -> dict[Any, list[_R]]:
+        """The timers whose expiration time is `deadline` or before, by worker.
+
+        Args:
+            deadline: Epoch seconds, by the wall clock as it is now: where it was set since a timer
+                was registered, the timer's expiration time has moved along.
+        """
+        return self._workers.expired(deadline)
+
+    # What a subclass says ------------------------------------------------------------------------
+
+    def _signal_for(self, timer: _R) -> int:
+        """What to send the worker whose timer has expired; zero or less only reports it."""
+        raise NotImplementedError
+
+    def _send_signal(self, pid: int, signal: int) -> bool:
+        """Signal a worker through the hook of the contract; False has it tried again."""
+        raise NotImplementedError
+
+    def _to_json(self, timer: _R, expiration_time: float) -> str:
+        """A timer as the hook for debug information is given it."""
+        raise NotImplementedError
+
+    def _call_debug_hook(self, expired: dict[int, list[str]]) -> object:
+        """Say what expired workers were doing, through the hook of the contract; the evidence."""
+        raise NotImplementedError
+
+    def _debug_hook_timeout(self) -> float:
+        """How many seconds the evidence may take."""
+        raise NotImplementedError
+
+    def _watchdog_loop(self) -> None:
+        """Run rounds until the server is stopped; an error in one of them ends nothing."""
+        raise NotImplementedError
+
+    # The rounds ----------------------------------------------------------------------------------
+
+    def _round(self, get_requests: Callable[[], list[_R]]) -> None:
+        """Run one round; all that a server does with a request is called from here.
+
+        Args:
+            get_requests: Waits until there is something to do, and takes the requests.
+        """
+        self._sent = []
+        requests = self._contained(get_requests, self._pause_after_error)
+        # Asked once more: a process that wrote what was just read under the number of another one
+        # began after that one's end.
+        self._note_ready(self._loop.wait(0))
+        self._drop_exited()
+        self._register(requests)
+
+        self._looked_at = _clock.monotonic()
+        with self._workers.clock.present() as now:
+            expired = self._find_expired(now)
+            self._workers.settle(now)
+            self._reap_all(expired, now)
+        self._follow_up()
+
+    def _reap_all(self, expired: dict[int, list[_R]], now: float) -> None:
+        """Report the workers whose timers have expired at `now` (epoch), and reap them."""
+        self._retries = {pid: retry for pid, retry in self._retries.items() if pid in expired}
+        fresh = {pid: timers for pid, timers in expired.items() if pid not in self._retries}
+        due = [
+            pid for pid in expired if pid in fresh or self._retries[pid].at <= self._looked_at
+        ]
+        evidence = self._contained(lambda: self._report(fresh), lambda: {})
+        for pid in due:
+            # A release that was written before the signal is honoured, however late it comes.
+            if self._take_last_minute():
+                expired = self._find_expired(now)
+            if pid in expired:
+                self._reap(pid, expired[pid], evidence.get(pid) if pid in fresh else None)
+        killed = {pid for pid in due if self._workers.was_killed(pid)}
+        if killed:
+            self._contained(lambda: self.clear_timers(killed), lambda: self._workers.clear(killed))
+
+    def _wait(self, timeout: float) -> bool:
+        """Wait until there is something to do; requests that arrive are left to gather a moment.
+
+        Args:
+            timeout: Seconds to wait at most.
+
+        Returns:
+            Whether there is something to do. False after the timeout or when woken.
+        """
+        due = self._next_due()
+        ready = self._loop.wait(min(timeout, due - _clock.monotonic() - _FINE))
+        left = due - _clock.monotonic()
+        if not ready and left <= _FINE:
+            self._loop.pause(left)
+        self._note_ready(ready)
+        if REQUESTS in ready:
+            self._loop.pause(min(_GATHER, self._max_interval, due - _clock.monotonic()))
+        return bool(ready) or due <= _clock.monotonic()
+
+    def _next_due(self) -> float:
+        """The monotonic time at which something has to be done; infinite where nothing has."""
+        due = [retry.at for retry in self._retries.values()]
+        due += [signalled.until for signalled in self._signalled.values()]
+        deadline = self._workers.next_deadline()
+        if deadline is not None:
+            due.append(deadline)
+        if self._workers.has_unwatched():
+            due.append(self._looked_at + _RETRY)
+        return min(due, default=float("inf"))
+
+    def _end_of_wait(self) -> float:
+        """When a wait that begins now has lasted `max_interval`, in monotonic seconds."""
+        return _clock.monotonic() + max(self._max_interval, _SHORTEST_INTERVAL)
+
+    def _note_ready(self, ready: list[object]) -> None:
+        self._exited += [pid for pid in ready if isinstance(pid, int)]
+
+    def _drop_exited(self) -> None:
+        exited, self._exited = self._exited, []
+        for pid, rank, local_rank, scopes in self._workers.drop_exited(
+            exited, self.is_process_running
+        ):
+            self._signalled.pop(pid, None)
+            self._events.publish(WorkerExited(_clock.epoch(), pid, rank, local_rank, scopes))
+
+    def _register(self, requests: list[_R]) -> None:
+        # Through the hook; where a subclass's raises, past it.
+        self._contained(
+            lambda: self.register_timers(requests),
+            lambda: ProcessServer.register_timers(self, requests),
+        )
+
+    def _take_last_minute(self) -> bool:
+        requests = self._contained(self._source.drain, list)
+        if requests:
+            self._register(requests)
+        return bool(requests)
+
+    def _find_expired(self, epoch: float) -> dict[int, list[_R]]:
+        return self._contained(
+            lambda: self.get_expired_timers(epoch), lambda: self._workers.expired(epoch)
+        )
+
+    def _reap(
+        self, pid: int, timers: list[_R], evidence: Mapping[str, object] | None
+    ) -> None:
+        """Do with a worker what its expired timers ask for."""
+        if self._workers.is_gone(pid, self.is_process_running):
+            return
+        is_retry = pid in self._retries
+        ranks = self._workers.ranks(pid)
+        timers = sorted(timers, key=lambda timer: timer.expiration_time)
+        fatal = next((timer for timer in timers if self._signal_for(timer) > 0), None)
+        for timer in timers[: len(timers) if fatal is None else timers.index(fatal) + 1]:
+            if not is_retry:
+                late = self._workers.seconds_late(timer)
+                self._events.publish(
+                    TimerExpired(_clock.epoch(), pid, *ranks, timer, late, evidence)
+                )
+        if fatal is None:
+            logger.info("Worker %s is not signalled: its expired timers only report", pid)
+            self._workers.drop(timers)
+            return
+        # Asked here too, as to try again would help nobody.
+        reason = refusal(pid)
+        if reason is not None:
+            logger.warning("Worker %s has overrun its deadline, and is left alone: %s", pid, reason)
+            self._workers.drop(timers)
+            return
+        signal = self._signal_for(fatal)
+        pause = self._signal(pid, signal)
+        if pause is not None:
+            logger.error("Worker %s could not be signalled; trying again until it can be", pid)
+            longest = min(_RETRY, self._max_interval)
+            pause = min(longest, max(pause, 2 * self._retries[pid].pause if is_retry else 0.0))
+            self._retries[pid] = _Retry(_clock.monotonic() + pause, pause)
+            return
+        self._sent.append(signal)
+        self._retries.pop(pid, None)
+        late = self._workers.seconds_late(timers[0])
+        self._note_signal(pid, fatal, signal)
+        # Only these: what else it holds counts on, where it outlives the signal.
+        self._workers.drop(timers)
+        scopes = [timer.scope_id for timer in timers]
+        self._events.publish(
+            WorkerSignalled(_clock.epoch(), pid, *ranks, fatal, signal, late, scopes)
+        )
+
+    def _signal(self, pid: int, signal: int) -> float | None:
+        """Signal a worker; None if that is done, else the seconds before it is tried again."""
+        try:
+            return None if self._send_signal(pid, signal) else _RETRY
+        # The hook may be anybody's. Whatever it raises, the deadlines of others are kept.
+        except BaseException:
+            logger.exception("Error signalling worker %s", pid)
+            return _FIRST_RETRY
+
+    def _note_signal(self, pid: int, timer: _R, signal: int) -> None:
+        now = _clock.monotonic()
+        if self._workers.was_killed(pid):
+            self._signalled[pid] = _Signalled(timer, signal, now + _UNKILLABLE_AFTER)
+        elif signal == signals.SIGKILL:
+            self._workers.presume_dead(pid)
+        elif self._kill_after is not None:
+            # Signalled again, they get no more time than at first.
+            self._signalled.setdefault(pid, _Signalled(timer, signal, now + self._kill_after))
+
+    def _forgive(self, requests: list[_R]) -> None:
+        """Follow those no longer who have left, or entered anew, the block they were signalled for.
+
+        One that was sent SIGKILL can't have: what is read now was written before.
+        """
+        for request in requests:
+            followed = self._signalled.get(request.worker_id)
+            if (
+                followed is not None
+                and followed.timer.scope_id == request.scope_id
+                and not self._workers.was_killed(request.worker_id)
+            ):
+                del self._signalled[request.worker_id]
+
+    def _follow_up(self) -> None:
+        """See to the workers that were signalled and are still there."""
+        now = _clock.monotonic()
+        for pid, followed in list(self._signalled.items()):
+            if not self._workers.is_held(pid):
+                del self._signalled[pid]
+            elif followed.until > now:
+                continue
+            elif self._workers.was_killed(pid):
+                del self._signalled[pid]
+                logger.error(
+                    "Worker %s is still there %.0f s after SIGKILL, in state %s; it hangs in the "
+                    "kernel, which alone can end it",
+                    pid,
+                    _UNKILLABLE_AFTER,
+                    state_of(pid),
+                )
+            elif (self._take_last_minute() and pid not in self._signalled) or self._workers.is_gone(
+                pid, self.is_process_running
+            ):
+                continue
+            elif self._signal(pid, signals.SIGKILL) is None:
+                logger.warning("Worker %s outlived signal %s; sent SIGKILL", pid, followed.signal)
+                del self._signalled[pid]
+                self._note_signal(pid, followed.timer, signals.SIGKILL)
+            else:
+                self._signalled[pid] = followed._replace(until=now + _RETRY)
+
+    def _report(self, expired: dict[int, list[_R]]) -> Mapping[int, Mapping[str, object]]:
+        """Have the debug hook say, in every round, what expired workers were doing.
+
+        Returns:
+            By worker what it found out, if it did so in time.
+        """
+        texts = {
+            pid: [self._to_json(timer, self._workers.expiration_now(timer)) for timer in timers]
+            for pid, timers in expired.items()
+        }
+        evidence: dict[int, Mapping[str, object]] = {}
+
+        def report() -> None:
+            told = self._call_debug_hook(texts)
+            # It may be somebody's own, or upstream's, which returns nothing.
+            if isinstance(told, dict):
+                evidence.update(told)
+
+        if texts:
+            self._reports.run(report, self._debug_hook_timeout() + callbacks.PATIENCE)
+        else:
+            report()
+        return dict(evidence)
+
+    def _contained(
+        self, hook: Callable[[], _Result], instead: Callable[[], _Result]
+    ) -> _Result:
+        """What a hook returns, which may be anybody's; where it raises, what is done instead."""
+        try:
+            return hook()
+        # Also SystemExit: it would end the watch without a word.
+        except BaseException:
+            logger.exception("Error in a round of the watchdog; it goes on")
+            return instead()
+
+    def _pause_after_error(self) -> list[_R]:
+        self._loop.pause(min(_ERROR_PAUSE, self._next_due() - _clock.monotonic()))
+        return []
+
+    # The ends ------------------------------------------------------------------------------------
+
+    def _open(self) -> None:
+        self._workers.open()
+        fd = self._source.open()
+        if fd is not None:
+            self._loop.watch(fd, REQUESTS)
+        self._is_open = True
+        self._events.publish(ServerStarted(_clock.epoch()))
+
+    def _close(self, is_child: bool = False) -> None:
+        """Give back what was opened; nothing of a round is left for the next start."""
+        try:
+            if is_child:
+                self._source.forget_parent()
+            else:
+                self._source.close()
+        finally:
+            if is_child:
+                self._workers.forget_parent()
+                self._events.forget_parent()
+                self._reports = callbacks.Callbacks()
+            else:
+                self._workers.close()
+            self._exited = []
+            self._retries = {}
+            self._signalled = {}
+            was_open, self._is_open = self._is_open, False
+        if was_open and not is_child:
+            self._events.publish(ServerStopped(_clock.epoch()))
+            self._flush()
+
+    def _flush(self) -> None:
+        """Let listeners and the log catch up, those that block for a second at most."""
+        self._events.flush(callbacks.PATIENCE)
+        callbacks.flush_log(callbacks.PATIENCE)
+
+    def _log_signalled(self, event: Event) -> None:
+        if isinstance(event, WorkerSignalled):
+            logging.getLogger(__name__).warning(
+                "Reaped worker %s%s with signal %s, %.3f s after its deadline: %s",
+                event.pid,
+                "" if event.rank is None else f" (rank {event.rank})",
+                event.signal,
+                event.seconds_late,
+                event.scopes,
+                extra={
+                    "timer_run_id": self._run_id,
+                    "timer_pid": event.pid,
+                    "timer_rank": event.rank,
+                    "timer_local_rank": event.local_rank,
+                    "timer_scopes": event.scopes,
+                    "timer_seconds_late": event.seconds_late,
+                    "timer_signal": event.signal,
+                },
+            )
