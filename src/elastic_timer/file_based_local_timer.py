@@ -22,9 +22,9 @@ from elastic_timer._server.callbacks import (
 from elastic_timer._server.process import is_running
 from elastic_timer._server.rounds import REQUESTS, Rounds
 from elastic_timer._server.workers import WorkerTimers
-from elastic_timer._transport.fifo import Fifo, read_available
+from elastic_timer._transport.fifo import FifoSource
 from elastic_timer._transport.pipe import PIPE_BUF, UNREACHABLE_AFTER, has_room, too_large
-from elastic_timer._transport.wire import LineBuffer, decode, encode, encode_line, encode_line_again
+from elastic_timer._transport.wire import encode, encode_line, encode_line_again
 from elastic_timer.api import TimerClient, TimerRequest
 from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
 
@@ -55,10 +55,6 @@ _OPEN_FLAGS = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)
 # How often a server looks whether its FIFO is still where it was made, in seconds: often enough
 # that clients, which try for about a second, find it again.
 _FIFO_CHECK = 0.5
-
-# How many unreadable lines of one read are named one by one. Each warning takes longer than the
-# line took to write: without a limit rubbish would keep the server from its deadlines.
-_NAMED_LINES = 10
 
 
 def _retry(max_retries: int, sleep_time: float) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
@@ -327,11 +323,10 @@ class FileTimerServer:
         self._is_cut_off = False
         self._next_fifo_check = 0.0
         self._fatal_signal = 0
-        self._lines = LineBuffer()
         # Apart, so that a log_event that blocks costs nobody the evidence.
         self._events = Callbacks()
         self._reports = Callbacks()
-        self._fifo = Fifo(file_path)
+        self._fifo = FifoSource(file_path)
         # Not before: its fork and exit hooks are no business of a process that has no server.
         from elastic_timer._server.loop import Watchdog
 
@@ -368,7 +363,6 @@ class FileTimerServer:
         self._stop_signaled = self._run_once = False
         try:
             self._workers.open()
-            self._fifo.make()
             self._watchdog.watch(self._fifo.open(), REQUESTS)
             self._watchdog.start()
         except BaseException:
@@ -478,7 +472,7 @@ class FileTimerServer:
                 return []  # Nothing was ready all the time: there is nothing to read or to mend.
             is_due = self._rounds.wait(min(remaining, _FIFO_CHECK))
             is_fifo_lost = self._is_fifo_lost()
-        requests = self._read_requests(fd)
+        requests = self._read_requests(everything=self._run_once)
         if is_fifo_lost:
             self._mend_fifo()
         return requests
@@ -505,38 +499,19 @@ class FileTimerServer:
             return True
         return self._workers.signal(worker_pid, signal)
 
-    def _read_requests(self, fd: int) -> list[FileTimerRequest]:
-        data = read_available(fd)
-        self._is_client_started = self._is_client_started or bool(data)
-        requests = []
-        refused = 0
-        for line in self._lines.feed(data):
-            try:
-                requests.append(FileTimerRequest(*decode(line)))
-            except ValueError as error:
-                refused += 1
-                if refused <= _NAMED_LINES:
-                    _watchdog_logger.warning(
-                        "Dropped a line that is no request: %s: %.100r", error, line
-                    )
-        if refused > _NAMED_LINES:
-            _watchdog_logger.warning(
-                "Dropped %d more lines that are no requests", refused - _NAMED_LINES
-            )
+    def _read_requests(self, everything: bool) -> list[FileTimerRequest]:
+        requests = [FileTimerRequest(*fields) for fields in self._fifo.drain(everything)]
+        self._is_client_started = self._fifo.has_read
         return requests
 
     def _mend_fifo(self) -> None:
         """Make the FIFO anew where it was removed; say so where that can't be done."""
         try:
-            if not self._fifo.is_missing():
-                raise FileExistsError(errno.EEXIST, "something else was put in its place")
             old = self._fifo.fileno()
-            self._fifo.make()
-            new = self._fifo.open()
+            new = self._fifo.mend()
             self._watchdog.unwatch(old)
             self._watchdog.watch(new, REQUESTS)
         except OSError as error:
-            self._fifo.remove()  # If it was made and not opened, the next round has to try again.
             if not self._is_cut_off:
                 _watchdog_logger.error(
                     "No requests can arrive at %s any more: %s. The timers held are kept; a new "
@@ -550,7 +525,7 @@ class FileTimerServer:
             self._is_cut_off = False
 
     def _drain_requests(self) -> list[FileTimerRequest]:
-        return self._read_requests(self._fifo.fileno())
+        return self._read_requests(everything=True)
 
     def _report_expired(self, expired_timers: dict[int, list[FileTimerRequest]]) -> None:
         report = functools.partial(
@@ -594,7 +569,6 @@ class FileTimerServer:
             self._release_resources()
 
     def _release_resources(self) -> None:
-        self._fifo.remove()
         self._workers.close()
         self._watchdog.close()
         self._fifo.close()

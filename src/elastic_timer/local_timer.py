@@ -44,6 +44,9 @@ _SENDER_PATIENCE = 1.0
 # How many requests are taken from such a queue in one round: putting could else outrun taking.
 _DRAIN_LIMIT = 10_000
 
+# How many objects of one round that are no requests are named one by one: that takes time.
+_NAMED_OBJECTS = 10
+
 _RUN_ID = "local"  # The queue variant has no run id; the handlers of evidence are given this one.
 
 
@@ -137,21 +140,56 @@ class MultiprocessingRequestQueue(RequestQueue):
             requests += taken
         return requests
 
-    def _drain(self) -> list[TimerRequest]:
-        """Take out the requests that have arrived; never waits."""
-        return self.get(_DRAIN_LIMIT, 0)
+    def open(self) -> int | None:
+        """Open what requests arrive at; the queue itself is open all the time.
 
-    def _fileno(self) -> int | None:
-        """The descriptor that becomes readable when there are requests; None where there is none.
-
-        It is open until `_close`.
+        Returns:
+            The descriptor that becomes readable when there are requests. None for a queue without
+            a pipe of its own, which has to be asked again and again.
         """
         return None if self._pipe is None else self._pipe.fileno()
 
-    def _close(self) -> None:
-        """Close what `_fileno` opened; the queue itself stays open."""
+    def drain(self) -> list[TimerRequest]:
+        """Take out the requests that have arrived, all that a pipe holds; never waits.
+
+        What can't be a timer of a process is dropped with a warning. The others consist of plain
+        values: whatever class was sent, none of its methods is called once it is here.
+        """
+        requests: list[TimerRequest] = []
+        refused = 0
+        for arrived in self._take_arrived():
+            try:
+                requests.append(_rebuilt(arrived if self._pipe is None else _load(arrived)))
+            # Whatever an object of somebody's raises, or exits with, when it is looked at.
+            except BaseException as error:
+                refused += 1
+                if refused <= _NAMED_OBJECTS:
+                    logger.warning("Dropped what is no request: %s: %.100r", error, arrived)
+        if refused > _NAMED_OBJECTS:
+            logger.warning("Dropped %d more that are no requests", refused - _NAMED_OBJECTS)
+        return requests
+
+    def close(self) -> None:
+        """Close what `open` opened; the queue itself stays open."""
         if self._pipe is not None:
             self._pipe.close()
+
+    def _take_arrived(self) -> list[Any]:
+        """What has arrived: pickles from a pipe, or the objects themselves."""
+        if self._pipe is not None:
+            self._pipe.read()
+            return self._pipe.take()
+        objects: list[Any] = []
+        try:
+            while len(objects) < _DRAIN_LIMIT:
+                objects.append(self._mp_queue.get(True, 0))
+        except queues.Empty:
+            pass
+        # The process that keeps the queue may have died. What was taken before that counts.
+        except Exception:
+            if not objects:
+                raise
+        return objects
 
     def _take(self, limit: int, timeout: float) -> list[TimerRequest]:
         if self._pipe is None:
@@ -176,14 +214,38 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def _load(frame: bytes) -> Any:
+    return _Unpickler(io.BytesIO(frame)).load()
+
+
 def _unpickle(frame: bytes) -> TimerRequest | None:
     try:
-        request: TimerRequest = _Unpickler(io.BytesIO(frame)).load()
+        return _load(frame)  # type: ignore[no-any-return]  # The contract: what is put is one.
     # Whatever an object of somebody's raises, or exits with, while it is loaded.
     except BaseException as error:
         logger.warning("Dropped a request that can't be unpickled: %r: %.100r", error, frame)
         return None
-    return request
+
+
+def _rebuilt(request: Any) -> TimerRequest:
+    """The request, of our class and of plain values; raises what looking at it raises."""
+    worker, scope, expiration_time = map(
+        _plain, (request.worker_id, request.scope_id, request.expiration_time)
+    )
+    _wire.check_timer(worker, scope, expiration_time)
+    return TimerRequest(worker, scope, expiration_time)
+
+
+def _plain(value: Any) -> Any:
+    # By the methods of the plain types themselves: a subclass may raise in its own, or lie.
+    if type(value) not in (bool, int, float, str):
+        if isinstance(value, str):
+            return str.__str__(value)
+        if isinstance(value, int):
+            return int.__int__(value)
+        if isinstance(value, float):
+            return float.__float__(value)
+    return value
 
 
 class LocalTimerServer(TimerServer):
@@ -279,7 +341,7 @@ class LocalTimerServer(TimerServer):
     def _wait(self, timeout: float) -> bool:
         """Wait; whether there may be something to do."""
         if self._watched_fd is None:
-            fd = self._request_queue._fileno()
+            fd = self._request_queue.open()
             if fd is None:
                 self._rounds.wait(min(timeout, _ASK_INTERVAL))
                 return True
@@ -296,16 +358,7 @@ class LocalTimerServer(TimerServer):
         return self._workers.signal(worker_id, signals.SIGKILL)
 
     def _drain_requests(self) -> list[TimerRequest]:
-        requests = []
-        for request in self._request_queue._drain():
-            try:
-                _wire.check_timer(request.worker_id, request.scope_id, request.expiration_time)
-            # Whatever an object of somebody's raises, or exits with, when it is looked at.
-            except BaseException as error:
-                logger.warning("Dropped what is no request: %s: %.100r", error, request)
-            else:
-                requests.append(request)
-        return requests
+        return self._request_queue.drain()
 
     def _report_expired(self, expired_timers: dict[int, list[TimerRequest]]) -> None:
         if not expired_timers:
@@ -333,12 +386,12 @@ class LocalTimerServer(TimerServer):
         if self._watched_fd is not None:
             self._watchdog.unwatch(self._watched_fd)
             self._watched_fd = None
-        self._request_queue._close()
+        self._request_queue.close()
         self._workers.close()
         super()._release_resources()
 
     def _forget_parent(self) -> None:
         self._reports = Callbacks()
         self._watched_fd = None
-        self._request_queue._close()
+        self._request_queue.close()
         self._workers.forget_parent()
