@@ -8,7 +8,6 @@ import fcntl
 import functools
 import os
 import stat
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ import pytest
 from elastic_timer._transport import fifo as _fifo
 from elastic_timer._transport.fifo import FifoSource
 from elastic_timer._transport.pipe import CAPACITY
+from tests.instructions import interrupt
 from tests.support import ForkedWorker, no_more_descriptors, open_descriptors, wire_line, write_raw
 
 Fork = Callable[..., ForkedWorker]
@@ -361,37 +361,6 @@ def test_forget_parent_leaves_the_fifo(fifo_path: str) -> None:
     assert os.path.exists(fifo_path)
 
 
-class Interrupts:
-    """Interrupts a call before the n-th instruction that `fifo` or `pipe` executes."""
-
-    def __init__(self, at: int) -> None:
-        self._left = at
-
-    def __call__(self, frame: Any, event: str, argument: object) -> Any:
-        if os.path.basename(frame.f_code.co_filename) not in ("fifo.py", "pipe.py"):
-            return None
-        frame.f_trace_opcodes = True
-        if event == "opcode":
-            self._left -= 1
-            if self._left == 0:
-                raise KeyboardInterrupt
-        return self
-
-
-def interrupt(at: int, function: Callable[[], object]) -> bool:
-    """Call a function and interrupt it; whether it came so far."""
-    traced_before = sys.gettrace()
-    sys._getframe().f_trace_opcodes = True  # Python 3.12 looks at it in settrace() alone.
-    sys.settrace(Interrupts(at))
-    try:
-        function()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(traced_before)
-    return False
-
-
 @pytest.mark.parametrize("what", ["make", "open", "mend", "close"])
 def test_a5_interrupted_anywhere_all_is_given_back(fifo_path: str, what: str) -> None:
     """Whichever instruction an interrupt comes before, `close` leaves no descriptor and no FIFO."""
@@ -402,14 +371,16 @@ def test_a5_interrupted_anywhere_all_is_given_back(fifo_path: str, what: str) ->
         # In place of the constructor, which gives nobody the object.
         made = FifoSource.__new__(FifoSource)
         if what == "make":
-            was_interrupted = interrupt(at, functools.partial(made.__init__, fifo_path))  # type: ignore[misc]
+            was_interrupted = interrupt(
+                functools.partial(FifoSource.__init__, made, fifo_path), at, "fifo.py", "pipe.py"
+            )
         else:
             FifoSource.__init__(made, fifo_path)
             if what != "open":
                 made.open()
             if what == "mend":
                 os.unlink(fifo_path)
-            was_interrupted = interrupt(at, getattr(made, what))
+            was_interrupted = interrupt(getattr(made, what), at, "fifo.py", "pipe.py")
         if hasattr(made, "_others"):
             made.close()
         assert set(open_descriptors()) == before, at
