@@ -1,4 +1,4 @@
-"""Servers that are started at one path at the same moment, and a user who meddles with the path."""
+"""What a server at a path has to stand: rivals, a user who meddles with it, endless rubbish."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import contextlib
 import os
 import random
 import stat
+import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +135,27 @@ def assert_nobody_can_meddle(folder: Path, fork_worker: Fork, seconds: float) ->
         assert stat.S_IMODE(victim.stat().st_mode) == 0o644
     assert victim.read_text() == "precious"
     assert started
+
+
+@contextlib.contextmanager
+def endless_rubbish(path: str) -> Iterator[None]:
+    """While in it, `yes` writes into the FIFO as fast as it can."""
+    with open(path, "wb", buffering=0) as fifo:
+        process = subprocess.Popen(["yes"], stdout=fifo, stderr=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def overrun_amid_rubbish(channel: Any, path: str, after: float) -> None:
+    """A worker that overruns; it sends its deadline (monotonic). The pipe may be full for long."""
+    client = FileTimerClient(path)
+    while True:
+        deadline = time.monotonic() + after
+        with contextlib.suppress(BrokenPipeError):
+            client.acquire("overrun", time.time() + after)
+            break
+    channel.send(deadline)
+    time.sleep(FAR)

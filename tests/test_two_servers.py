@@ -1,4 +1,4 @@
-"""Two servers are given one path: one has it, the other is told so, and no request is lost."""
+"""A server and its path: rivals that are given the same one, and others who write to it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from typing import Any
 import pytest
 
 from elastic_timer import FileTimerClient, FileTimerServer
-from tests.rivals import assert_nobody_can_meddle, assert_one_of_two_starts_wins
+from tests.rivals import (
+    assert_nobody_can_meddle,
+    assert_one_of_two_starts_wins,
+    endless_rubbish,
+    overrun_amid_rubbish,
+)
 from tests.support import (
     FAR,
     ForkedWorker,
@@ -20,6 +25,7 @@ from tests.support import (
     eventually,
     overrun,
     running,
+    wait_dead,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
@@ -80,3 +86,15 @@ def test_a4_one_of_two_simultaneous_starts_wins(fifo_path: str, fork_worker: For
 def test_c2_another_user_can_not_meddle(tmp_path: Path, fork_worker: Fork) -> None:
     """3 s here, 20 s in tests/faults."""
     assert_nobody_can_meddle(tmp_path, fork_worker, 3)
+
+
+def test_b3_rubbish_without_end_delays_no_deadline(fifo_path: str, fork_worker: Fork) -> None:
+    """With `yes` writing into the FIFO workers are reaped, if not to the ms: see tests/faults."""
+    with running(FileTimerServer(fifo_path, "run", 60)), endless_rubbish(fifo_path):
+        lateness = []
+        for _ in range(3):
+            worker = fork_worker(overrun_amid_rubbish, fifo_path, 0.3)
+            deadline = worker.receive()
+            lateness.append(wait_dead(worker) - deadline)
+        assert min(lateness) >= 0
+        assert sorted(lateness)[1] < 0.5
