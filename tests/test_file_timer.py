@@ -25,7 +25,7 @@ from elastic_timer import (
     expires,
     file_based_local_timer,
 )
-from elastic_timer._transport.fifo import Fifo
+from elastic_timer._transport.fifo import FifoSource
 from elastic_timer.file_based_local_timer import _retry
 from tests.support import (
     FAR,
@@ -525,7 +525,7 @@ def test_time_that_is_none_fails_at_the_call(fifo_path: str, option: dict[str, f
 
 def test_fifo_that_is_not_open_has_no_descriptor(fifo_path: str) -> None:
     """Between `start()` and `stop()` alone there is one to read from."""
-    fifo = Fifo(fifo_path)
+    fifo = FifoSource(fifo_path)
     with pytest.raises(ValueError, match=r"timers\.fifo is not open"):
         fifo.fileno()
     fifo.open()
@@ -533,7 +533,6 @@ def test_fifo_that_is_not_open_has_no_descriptor(fifo_path: str) -> None:
     fifo.close()
     with pytest.raises(ValueError, match="is not open"):
         fifo.fileno()
-    fifo.remove()
 
 
 def test_removed_fifo_is_made_again(

@@ -42,6 +42,9 @@ _SENDER_PATIENCE = 1.0
 # How many requests are taken from such a queue in one round: putting could else outrun taking.
 _DRAIN_LIMIT = 10_000
 
+# How many objects of one round that are no requests are named one by one: that takes time.
+_NAMED_OBJECTS = 10
+
 _RUN_ID = "local"  # The queue variant has no run id; the handlers of evidence are given this one.
 
 
@@ -135,27 +138,64 @@ class MultiprocessingRequestQueue(RequestQueue):
             requests += taken
         return requests
 
-    def drain(self) -> list[TimerRequest]:
-        """Take out the requests that have arrived; never waits."""
-        return self.get(_DRAIN_LIMIT, 0)
-
     def open(self) -> int | None:
-        """The descriptor that becomes readable when there are requests; None where there is none.
+        """Open what requests arrive at; the queue itself is open all the time.
 
-        It is open until `_close`.
+        Returns:
+            The descriptor that becomes readable when there are requests. None for a queue without
+            a pipe of its own, which has to be asked again and again.
         """
         return None if self._pipe is None else self._pipe.fileno()
 
-    def forget_parent(self) -> None:
-        self.close()
+    def drain(self, everything: bool = False) -> list[TimerRequest]:
+        """Take out the requests that have arrived, in any case all that a pipe holds; never waits.
+
+        What can't be a timer of a process is dropped with a warning. The others consist of plain
+        values: whatever class was sent, none of its methods is called once it is here.
+        """
+        requests: list[TimerRequest] = []
+        refused = 0
+        for arrived in self._take_arrived():
+            try:
+                requests.append(_rebuilt(arrived if self._pipe is None else _load(arrived)))
+            # Whatever an object of somebody's raises, or exits with, when it is looked at.
+            except BaseException as error:
+                refused += 1
+                if refused <= _NAMED_OBJECTS:
+                    logger.warning("Dropped what is no request: %s: %.100r", error, arrived)
+        if refused > _NAMED_OBJECTS:
+            logger.warning("Dropped %d more that are no requests", refused - _NAMED_OBJECTS)
+        return requests
 
     def has_descriptor(self) -> bool:
+        """Whether there is something to wait on, or the queue has to be asked."""
         return self._pipe is not None
 
+    def forget_parent(self) -> None:
+        """Close, in a forked child, what belongs to the parent."""
+        self.close()
+
     def close(self) -> None:
-        """Close what `_fileno` opened; the queue itself stays open."""
+        """Close what `open` opened; the queue itself stays open."""
         if self._pipe is not None:
             self._pipe.close()
+
+    def _take_arrived(self) -> list[Any]:
+        """What has arrived: pickles from a pipe, or the objects themselves."""
+        if self._pipe is not None:
+            self._pipe.read()
+            return self._pipe.take()
+        objects: list[Any] = []
+        try:
+            while len(objects) < _DRAIN_LIMIT:
+                objects.append(self._mp_queue.get(True, 0))
+        except queues.Empty:
+            pass
+        # The process that keeps the queue may have died. What was taken before that counts.
+        except Exception:
+            if not objects:
+                raise
+        return objects
 
     def _take(self, limit: int, timeout: float) -> list[TimerRequest]:
         if self._pipe is None:
@@ -180,14 +220,38 @@ class _Unpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def _load(frame: bytes) -> Any:
+    return _Unpickler(io.BytesIO(frame)).load()
+
+
 def _unpickle(frame: bytes) -> TimerRequest | None:
     try:
-        request: TimerRequest = _Unpickler(io.BytesIO(frame)).load()
+        return _load(frame)  # type: ignore[no-any-return]  # The contract: what is put is one.
     # Whatever an object of somebody's raises, or exits with, while it is loaded.
     except BaseException as error:
         logger.warning("Dropped a request that can't be unpickled: %r: %.100r", error, frame)
         return None
-    return request
+
+
+def _rebuilt(request: Any) -> TimerRequest:
+    """The request, of our class and of plain values; raises what looking at it raises."""
+    worker, scope, expiration_time = map(
+        _plain, (request.worker_id, request.scope_id, request.expiration_time)
+    )
+    wire.check_timer(worker, scope, expiration_time)
+    return TimerRequest(worker, scope, expiration_time)
+
+
+def _plain(value: Any) -> Any:
+    # By the methods of the plain types themselves: a subclass may raise in its own, or lie.
+    if type(value) not in (bool, int, float, str):
+        if isinstance(value, str):
+            return str.__str__(value)
+        if isinstance(value, int):
+            return int.__int__(value)
+        if isinstance(value, float):
+            return float.__float__(value)
+    return value
 
 
 class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):

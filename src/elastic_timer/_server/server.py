@@ -69,8 +69,12 @@ class Source(Protocol[_R_co]):
     def open(self) -> int | None:
         """Open it; the descriptor that becomes readable with a request, if there is one."""
 
-    def drain(self) -> list[_R_co]:
-        """The requests that have arrived; never waits."""
+    def drain(self, everything: bool = False) -> list[_R_co]:
+        """Requests that have arrived; never waits.
+
+        Args:
+            everything: All of them. Else no more than a round can take in time for a deadline.
+        """
         ...
 
     def close(self) -> None:
@@ -369,7 +373,7 @@ class ProcessServer(Generic[_R]):
         )
 
     def _take_last_minute(self) -> bool:
-        requests = self._contained(self._source.drain, list)
+        requests = self._contained(lambda: self._source.drain(everything=True), list)
         if requests:
             self._register(requests)
         return bool(requests)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import select
+from collections.abc import Iterable
 
 # The most bytes that one write puts into a pipe whole, whoever else writes to it (pipe(7)). POSIX
 # lets every writer rely on 512; Windows has no such pipes and no constant.
@@ -24,6 +26,20 @@ def enlarge(fd: int) -> None:
         import fcntl  # Not on Windows.
 
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, CAPACITY)
+
+
+def close_descriptors(fds: list[int], places: Iterable[int] | None = None) -> None:
+    """Take descriptors out of a list and close them.
+
+    Each is taken and closed within one call into C, as `fds.extend(map(os.open, ...))` opens and
+    keeps it: an interrupt comes before or behind, and none is forgotten or closed twice.
+
+    Args:
+        fds: The descriptors.
+        places: The index of each to be closed, as it is when those before it are gone. None means
+            all.
+    """
+    any(map(os.close, map(fds.pop, [-1] * len(fds) if places is None else places)))
 
 
 def too_large(message: bytes) -> RuntimeError:

@@ -16,6 +16,7 @@ import select
 import struct
 import time
 import weakref
+from math import inf
 from typing import TYPE_CHECKING, Protocol
 
 from elastic_timer._server.callbacks import contained_logger
@@ -23,6 +24,7 @@ from elastic_timer._transport.pipe import (
     CAPACITY,
     PIPE_BUF,
     UNREACHABLE_AFTER,
+    close_descriptors,
     enlarge,
     has_room,
     too_large,
@@ -159,44 +161,39 @@ class PipeReader:
     def __init__(self, queue: ReadablePipe) -> None:
         self._queue = queue
         self._sem: _Semaphore | None = getattr(queue, "_sem", None)
-        self._fd: int | None = None
-        self._poll = select.poll()
+        # None or one, which an interrupt can't take from between its opening and this list.
+        self._fds: list[int] = []
+        # Not at exit: that would come before the server is stopped, and pull it from under it.
+        weakref.finalize(self, close_descriptors, self._fds).atexit = False
         self._buffer = bytearray()
 
     def fileno(self) -> int:
         """The descriptor that becomes readable when there are requests; opened if need be."""
-        if self._fd is None:
+        if not self._fds:
             # Our own, or closing the queue would pull it from under the selector it is watched by.
-            self._fd = fd = os.dup(self._queue._reader.fileno())
-            self._finalizer = weakref.finalize(self, os.close, fd)
-            # At exit that would come before the server is stopped, and pull it from under it.
-            self._finalizer.atexit = False
-            self._poll.register(fd, select.POLLIN)
-            enlarge(fd)
-        return self._fd
+            self._fds.extend(map(os.dup, [self._queue._reader.fileno()]))
+            enlarge(self._fds[0])
+        return self._fds[0]
 
     def close(self) -> None:
         """Close the descriptor; the queue itself stays open, and so does what was read ahead."""
-        if self._fd is not None:
-            self._poll.unregister(self._fd)
-            self._finalizer()
-            self._fd = None
+        close_descriptors(self._fds)
 
-    def wait(self, timeout: float) -> None:
-        """Wait until there is something to read, for `timeout` seconds at most."""
-        self.fileno()
-        self._poll.poll(max(0.0, timeout) * 1000)
+    def wait(self, timeout: float) -> bool:
+        """Wait for something to read, `timeout` seconds at most; whether there is something."""
+        poll = select.poll()
+        poll.register(self.fileno(), select.POLLIN)
+        return bool(poll.poll(max(0.0, timeout) * 1000))
 
     def read(self) -> None:
         """Read what has arrived."""
-        fd = self.fileno()
         # Asked first, as the description is shared and has to stay blocking.
-        if self._poll.poll(0):
+        if self.wait(0):
             # All that the pipe holds, in one read: a server that is killed between two of them
             # would leave half a frame, and the next would take what follows for its other half.
-            self._buffer += os.read(fd, CAPACITY)
+            self._buffer += os.read(self.fileno(), CAPACITY)
 
-    def take(self, limit: int) -> list[bytes]:
+    def take(self, limit: float = inf) -> list[bytes]:
         """Take out pickles that were read whole, `limit` at most."""
         taken: list[bytes] = []
         end = 0

@@ -27,6 +27,9 @@ _LARGEST_SIGNAL = int(signals.NSIG) - 1
 # Within a JSON string the quotes would be escaped: this matches no part of somebody's scope.
 _REQUEST_START = b'{"version"'
 
+# What is shorter is no request: JSON has no shorter way to write all the keys.
+SHORTEST_REQUEST = len('{"pid":1,"scope_id":"","expiration_time":1,"signal":1}')
+
 
 class Fields(NamedTuple):
     """What one line says, under the names it has there."""
@@ -139,4 +142,4 @@ class LineBuffer:
         # No request is longer than PIPE_BUF. Of rubbish without an end that much is kept, so that
         # memory stays bounded and a request behind it can still be read.
         self._rest = rest[-PIPE_BUF:]
-        return [line for line in lines if line]
+        return list(filter(None, lines))
