@@ -346,6 +346,62 @@ class FileTimerServer:
             self, self._watchdog, self._workers, max_interval, kill_after
         )
 
+    def subscribe(self, listener, *kinds) -> None:  # STAND-IN, replaced at the merge.
+        import queue
+        import threading
+
+        from elastic_timer import _evidence
+        from elastic_timer._server import events as kinds_of
+
+        pending = queue.SimpleQueue()
+
+        def work():
+            while (event := pending.get()) is not None:
+                run_contained(functools.partial(listener, event))
+
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+
+        def emit(event):
+            hidden = (kinds_of.TimerAcquired, kinds_of.TimerReleased)
+            if isinstance(event, kinds) if kinds else not isinstance(event, hidden):
+                pending.put(event)
+
+        def log_event(name, request):
+            now = time.time()
+            if request is None:
+                is_start = name == "watchdog started"
+                emit((kinds_of.ServerStarted if is_start else kinds_of.ServerStopped)(now))
+                if not is_start:
+                    pending.put(None)
+                    thread.join(1)
+                return
+            worker = (now, request.worker_pid, None, None)
+            late = now - request.expiration_time
+            if name == "timer expired":
+                evidence = _evidence.latest(self._run_id, request.worker_pid)
+                emit(kinds_of.TimerExpired(*worker, request, late, evidence))
+            else:
+                scopes = [request.scope_id]
+                emit(kinds_of.WorkerSignalled(*worker, request, request.signal, late, scopes))
+
+        self._log_event = log_event
+        register, drop = self._workers.register, self._workers.drop_exited
+
+        def observed_register(requests):
+            for request in requests:
+                is_release = request.expiration_time < 0
+                kind = kinds_of.TimerReleased if is_release else kinds_of.TimerAcquired
+                emit(kind(time.time(), request.worker_pid, None, None, request))
+            register(requests)
+
+        def observed_drop(pids):
+            drop(pids)
+            for pid in pids:
+                emit(kinds_of.WorkerExited(time.time(), pid, None, None, []))
+
+        self._workers.register, self._workers.drop_exited = observed_register, observed_drop
+
     def __enter__(self) -> Self:
         self.start()
         return self
