@@ -182,10 +182,12 @@ def test_every_kind_is_known() -> None:
 
 
 def test_reference_has_every_field() -> None:
-    """The tables of docs/reference/events.md and the schema have the same fields."""
+    """docs/reference/events.md and the schema have the same fields, and its example is valid."""
     page = (REPOSITORY / "docs/reference/events.md").read_text()
     rows = re.findall(r"^\| `([\w ]+)` \|(.*)\|$", page, re.M)
     told = {name for name, _ in rows}
+    [example] = re.findall(r"^```json\n(.*)\n```$", page, re.M)
+    VALIDATOR.validate(json.loads(example))
     names = {kind["properties"]["event"]["const"] for kind in SCHEMA["oneOf"]}
     fields = {name for kind in SCHEMA["oneOf"] for name in kind["properties"]}
     assert told == names | fields

@@ -35,21 +35,19 @@ RUN = """
     sys.exit(main())
 """
 
-# A COMMAND that tells of the first signal it gets, and exits with 42 at SIGUSR2.
+# A COMMAND that tells of each signal it gets, and exits with 42 at SIGUSR2.
 COMMAND = """
-    import os, signal, sys, time
+    import os, signal, sys
 
-    def tell(number, frame):
-        os.write(1, f"seen {signal.Signals(number).name}\\n".encode())
-
-    for name in "TERM", "INT", "HUP", "QUIT", "USR1", "ALRM":
-        signal.signal(getattr(signal, f"SIG{name}"), tell)
-    signal.signal(signal.SIGUSR2, lambda *_: os._exit(42))
+    names = ["SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2", "SIGALRM"]
+    signals = {signal.Signals[name] for name in names}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     if sys.argv[1:] == ["leaves the group"]:
         os.setpgid(0, 0)
-    print("ready", os.getpid(), flush=True)
-    while True:
-        time.sleep(60)
+    os.write(1, f"ready {os.getpid()}\\n".encode())
+    while (number := signal.sigwait(signals)) != signal.SIGUSR2:
+        os.write(1, f"seen {signal.Signals(number).name}\\n".encode())
+    os._exit(42)
 """
 
 pytestmark = pytest.mark.skipif(
