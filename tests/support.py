@@ -364,3 +364,12 @@ def write_raw(fifo_path: str, data: bytes) -> None:
         assert os.write(descriptor, data) == len(data)
     finally:
         os.close(descriptor)
+
+
+def fill_pipe(descriptor: int) -> None:
+    """Write into a pipe or FIFO until nothing more goes in; it is non-blocking from then on."""
+    os.set_blocking(descriptor, False)
+    for size in (65536, 1):
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                os.write(descriptor, bytes(size))

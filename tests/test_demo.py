@@ -64,7 +64,7 @@ def test_live_lines(shown: tuple[list[str], list[str]]) -> None:
         assert re.fullmatch(r" *\d+\.\d{3} s  ", moment), line
         moments.append(float(moment.rstrip(" s")))
         if not what.startswith("  "):  # The stacks have a test of their own.
-            told.setdefault(worker, []).append(re.sub(r" _demo.py.*| as process.*", "", what))
+            told.setdefault(worker, []).append(re.sub(r" demo.py.*| as process.*", "", what))
     assert moments == sorted(moments)
     for worker, blocks in (("short block", 1), ("three steps", 3)):
         assert sorted(told[worker]) == sorted(
@@ -84,7 +84,7 @@ def test_stacks(shown: tuple[list[str], list[str]]) -> None:
     """The last frame shown of each stuck worker names the very line in which it hangs."""
     for worker, hangs_in in (("overslept", "time.sleep"), ("stuck in C", "libc.sleep")):
         frames = [line for line in shown[0] if line[10:].startswith(worker) and 'File "' in line]
-        match = re.search(r'_demo.py", line (\d+), in ', frames[-1])
+        match = re.search(r'demo.py", line (\d+), in ', frames[-1])
         assert match is not None
         assert hangs_in in SOURCE[int(match[1]) - 1]
 
@@ -95,7 +95,7 @@ def test_demo_that_goes_wrong(spawn: Callable[..., Child]) -> None:
         f"""
         from elastic_timer._command import demo as _demo
         _demo._PATIENCE = 2.2
-        _demo._ObservedServer._reap_worker = lambda self, pid, signal: True
+        _demo.FileTimerServer._reap_worker = lambda self, pid, signal: True
         {DEMO}
         """
     )

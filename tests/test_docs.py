@@ -151,6 +151,7 @@ def comparable(shown: str, real: str = "") -> str:
     shown = re.sub(r"command: \S+ ", "command: python ", shown)
     shown = re.sub(r"\b(worker |killed |run-)\d+", r"\1N", shown)
     shown = re.sub(r"\b\d+\.\d+ s\b", "N s", shown)
+    shown = re.sub(r"^elastic-timer [\d:.]+: ", "elastic-timer NOW: ", shown, flags=re.M)
     shown = re.sub(r"^  state .*$", "  state", shown, flags=re.M)
     if "no stacks: " in (real or shown):  # Not every system lets py-spy read them.
         shown = re.sub(r"^  (no stacks: .*\n|thread .*\n(    .*\n)+)", "", shown, flags=re.M)

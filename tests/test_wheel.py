@@ -77,7 +77,8 @@ def test_contents(wheel: Path) -> None:
         names = {name for name in archive.namelist() if not name.endswith("/")}
     information = f"elastic_timer-{elastic_timer.__version__}.dist-info"
     assert names == {
-        *(f"elastic_timer/{path.name}" for path in PACKAGE.glob("*.py")),
+        *(f"elastic_timer/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")),
+        "elastic_timer/events.schema.json",
         "elastic_timer/py.typed",
         *(
             f"{information}/{name}"

@@ -16,10 +16,20 @@ import sys
 import tempfile
 import threading
 import time
+from typing import TYPE_CHECKING, cast
 
-from typing_extensions import override
+from elastic_timer import FileTimerServer, _evidence, configure, expires
+from elastic_timer._server.events import (
+    Event,
+    TimerAcquired,
+    TimerEvent,
+    TimerExpired,
+    TimerReleased,
+    WorkerSignalled,
+)
 
-from elastic_timer import FileTimerRequest, FileTimerServer, _evidence, configure, expires
+if TYPE_CHECKING:
+    from elastic_timer import FileTimerRequest
 
 # Many times what the demo takes; a worker that is alive then was not reaped.
 _PATIENCE = 20.0
@@ -110,11 +120,14 @@ class _Stage:
         self._timer_file = timer_file
         self._workers: dict[int, _Worker] = {}
         self._lock = threading.Lock()
-        self.server = _ObservedServer(timer_file, self)
+        self.server = FileTimerServer(timer_file, "demo")
+        self.server.subscribe(
+            self._happened, TimerAcquired, TimerReleased, TimerExpired, WorkerSignalled
+        )
 
     def enter(self, name: str) -> None:
         """Start a worker."""
-        with self._lock:  # The server's thread may hear of the worker before we know its pid.
+        with self._lock:  # The listener may hear of the worker before we know its pid.
             process = subprocess.Popen(
                 [sys.executable, "-m", __name__, name],
                 env={**os.environ, "TORCHELASTIC_TIMER_FILE": self._timer_file},
@@ -127,30 +140,24 @@ class _Stage:
         with self._lock:  # Three threads do this; each line is to be whole and in its place.
             print(f"{time.time() - self._started:6.3f} s  {worker.name:24} {what}", flush=True)
 
-    def requested(self, request: FileTimerRequest) -> None:
-        """Tell of a request that reached the server."""
-        worker = self._worker(request)
-        scope = os.path.basename(request.scope_id)
-        if request.expiration_time < 0:
-            self._tell(worker, f"left {scope} in time")
-        else:
-            worker.scope, worker.deadline = scope, request.expiration_time
-            self._tell(worker, f"entered {scope}, {worker.deadline - time.time():.1f} s to go")
-
-    def happened(self, event: str, request: FileTimerRequest | None) -> None:
-        """Tell of an event of the server."""
-        if request is not None:
-            worker = self._worker(request)
-            worker.reaped = worker.reaped or event == "kill worker process"
-            self._tell(worker, f"server: {event}")
-            evidence = _evidence.latest("demo", request.worker_pid)
-            if event == "timer expired" and evidence is not None:
-                for line in _evidence.describe_stacks(evidence):
-                    self._tell(worker, f"  {line}")
-
-    def _worker(self, request: FileTimerRequest) -> _Worker:
+    def _happened(self, event: Event) -> None:
+        """Tell of an event of the server; called on the thread of its listener."""
+        happened = cast("TimerEvent[FileTimerRequest]", event)  # No others were asked for.
         with self._lock:
-            return self._workers[request.worker_pid]
+            worker = self._workers[happened.pid]
+        scope = os.path.basename(happened.timer.scope_id)
+        if isinstance(event, TimerReleased):
+            self._tell(worker, f"left {scope} in time")
+        elif isinstance(event, TimerAcquired):
+            worker.scope, worker.deadline = scope, happened.timer.expiration_time
+            self._tell(worker, f"entered {scope}, {worker.deadline - event.time:.1f} s to go")
+        else:
+            self._tell(worker, f"server: {event.name}")
+        if isinstance(event, WorkerSignalled):
+            worker.reaped = True
+        elif isinstance(event, TimerExpired) and event.evidence is not None:
+            for line in _evidence.describe_stacks(cast("_evidence.Evidence", event.evidence)):
+                self._tell(worker, f"  {line}")
 
     def watch(self) -> None:
         """Wait until every worker has ended, or should have."""
@@ -195,20 +202,6 @@ class _Stage:
             return 0
         print("Something went wrong: other workers than the two stuck ones were reaped, or fewer.")
         return 1
-
-
-class _ObservedServer(FileTimerServer):
-    """A server that tells of every request as it registers it."""
-
-    def __init__(self, timer_file: str, stage: _Stage) -> None:
-        super().__init__(timer_file, "demo", log_event=stage.happened)
-        self._stage = stage
-
-    @override
-    def register_timers(self, timer_requests: list[FileTimerRequest]) -> None:
-        for request in timer_requests:
-            self._stage.requested(request)
-        super().register_timers(timer_requests)
 
 
 if __name__ == "__main__":

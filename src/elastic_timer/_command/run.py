@@ -1,0 +1,215 @@
+"""`elastic-timer run`: COMMAND with a timer server beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Set
+
+from elastic_timer import FileTimerServer
+from elastic_timer._command.event_file import EventFile
+from elastic_timer._server.callbacks import contained_logger
+
+# A stderr that nobody reads must not keep signals from COMMAND.
+logger = contained_logger(__name__)
+
+NOT_EXECUTABLE = 126
+NOT_FOUND = 127
+ENDED_BY_SIGNAL = 128
+
+# What is handed on to COMMAND.
+_FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+# Python ignores these in its own process; a program that it starts expects the system's default.
+_IGNORED_BY_PYTHON = ("SIGPIPE", "SIGXFSZ")
+
+_SHELL = "/bin/sh"
+
+# How long after a signal came the group's may still come, in seconds: timeout signals its child by
+# pid first. What was sent to us alone is forwarded so much later.
+_GROUP_FOLLOWS = 0.05
+# How long after the group's another one of its kind counts as the same, in seconds.
+_GROUP_REMEMBERED = 0.25
+
+
+def run(
+    command: list[str],
+    timer_file: str | None,
+    run_id: str,
+    max_interval: float,
+    events: str | None,
+) -> int:
+    """Run COMMAND to its end, handing on the signals that this process gets.
+
+    Args:
+        command: What to run, and its arguments.
+        timer_file: Where to make the FIFO; None for a private temporary folder.
+        run_id: The name of the run.
+        max_interval: The longest pause between two rounds of the server, in seconds.
+        events: The file or FIFO to append events to; None for no events.
+
+    Returns:
+        The status to exit with: COMMAND's own, or as a shell has it where it has none.
+
+    Raises:
+        OSError: The FIFO or the events' file can't be made; COMMAND was not started.
+    """
+    # Before anything exists that has to be removed again, and before any thread, which would
+    # inherit the old mask: from here on no signal but SIGKILL ends this process.
+    signals, mask_before = _block_signals()
+    with contextlib.ExitStack() as cleanup:
+        try:
+            if timer_file is None:
+                folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="elastic-timer-"))
+                timer_file = os.path.join(folder, "timers")
+            server = FileTimerServer(timer_file, run_id, max_interval)
+            if events is not None:
+                server.subscribe(EventFile(events, run_id).append)
+            cleanup.enter_context(server)
+        except OSError:
+            cleanup.close()
+            # To say what is wrong may take long: on a stderr that nobody reads, for good.
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
+            raise
+        try:
+            pid = _start(command, timer_file, mask_before)
+        except OSError as error:
+            logger.error("cannot run %s: %s", command[0], error.strerror)
+            return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
+        # Not before COMMAND is there: what it has not had has to be forwarded.
+        with contextlib.closing(_GroupWitness()) as witness:
+            return _supervise(pid, signals, witness)
+
+
+def _block_signals() -> tuple[set[int], Set[int]]:
+    """Keep SIGCHLD and the signals to forward pending for `_next_signal`.
+
+    Returns:
+        Those signals, and the mask before.
+    """
+    # Ignored, as it may be from our parent on, COMMAND's exit status would be thrown away.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signals: set[int] = {signal.SIGCHLD}
+    for name in _FORWARDED:
+        number = signal.Signals[name]
+        # nohup ignores SIGHUP, for us and for COMMAND.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signals.add(number)
+    return signals, signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+
+
+def _start(command: list[str], timer_file: str, mask: Set[int]) -> int:
+    """Start COMMAND and return its pid; an OSError says why it could not be."""
+    environment = {**os.environ, "TORCHELASTIC_TIMER_FILE": timer_file}
+    # With it torchrun would start a server of its own, and replace our FIFO.
+    environment.pop("TORCHELASTIC_ENABLE_FILE_TIMER", None)
+    ignored = [getattr(signal, name) for name in _IGNORED_BY_PYTHON if hasattr(signal, name)]
+
+    def spawn(arguments: list[str]) -> int:
+        return os.posix_spawnp(
+            arguments[0], arguments, environment, setsigmask=mask, setsigdef=ignored
+        )
+
+    try:
+        return spawn(command)
+    except OSError as error:
+        # A script that does not name its interpreter is the shell's, wherever programs are started.
+        script = shutil.which(command[0])
+        if error.errno != errno.ENOEXEC or script is None or _is_binary(script):
+            raise
+        return spawn([_SHELL, script, *command[1:]])
+
+
+def _is_binary(path: str) -> bool:
+    """Whether a file is no script, but for instance a program of another machine."""
+    with open(path, "rb") as file:
+        return b"\0" in file.read(80)
+
+
+def _supervise(pid: int, signals: set[int], witness: _GroupWitness) -> int:
+    """Forward signals to COMMAND until it ends; the status to exit with."""
+    while True:
+        number, sender = _next_signal(signals)
+        # Asked whatever came: a flood of other signals must not hide its end.
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            exit_code = os.waitstatus_to_exitcode(status)
+            return exit_code if exit_code >= 0 else ENDED_BY_SIGNAL - exit_code
+        if number == signal.SIGCHLD:
+            witness.look()
+        elif sender != pid and not (os.getpgid(pid) == os.getpgrp() and witness.saw(number)):
+            # Not waited for yet, the pid is COMMAND's even when COMMAND has just ended.
+            try:
+                os.kill(pid, number)
+            except OSError as error:
+                logger.warning("cannot forward %s: %s", signal.Signals(number).name, error)
+
+
+def _next_signal(signals: set[int]) -> tuple[int, int | None]:
+    """Wait for one of these signals; its number and, where the system tells, its sender."""
+    if not hasattr(signal, "sigwaitinfo"):
+        return signal.sigwait(signals), None
+    info = signal.sigwaitinfo(signals)
+    return info.si_signo, info.si_pid
+
+
+class _GroupWitness:
+    """Tells whether a signal went to the whole process group, and so to COMMAND as well.
+
+    The system does not say to whom a signal was sent. So there is another process in the group
+    that does nothing but die of it; then it has a successor.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, float] = {}
+        self._pid: int | None = None
+        # It ends when the other end is closed, which it is when this process ends in any way.
+        self._stdin, self._keep_alive = os.pipe()
+        self._start()
+
+    def _start(self) -> None:
+        null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
+        with contextlib.suppress(OSError):  # Without one all signals are forwarded.
+            self._pid = os.posix_spawn(
+                _SHELL,
+                # SIGQUIT is to leave no core. Its name must not match where `pkill` looks for us.
+                ["sh", "-c", "ulimit -c 0; exec cat"],
+                os.environ,
+                file_actions=[(os.POSIX_SPAWN_DUP2, self._stdin, 0), *null],
+                setsigmask=[],
+            )
+
+    def look(self) -> None:
+        """Note what the witness has died of, if it has."""
+        if self._pid is None:
+            return
+        ended, status = os.waitpid(self._pid, os.WNOHANG)
+        if ended:
+            self._pid = None
+            if os.WIFSIGNALED(status):  # Otherwise it can't be run here; nor can another.
+                self._seen[os.WTERMSIG(status)] = time.monotonic()
+                self._start()
+
+    def saw(self, number: int) -> bool:
+        """Whether this signal, which has just been taken, went to the whole group."""
+        taken = time.monotonic()
+        while True:
+            self.look()
+            if number in self._seen and taken - self._seen[number] < _GROUP_REMEMBERED:
+                return True
+            if time.monotonic() - taken > _GROUP_FOLLOWS:
+                return False
+            time.sleep(0.002)
+
+    def close(self) -> None:
+        """End the witness and wait for its end."""
+        os.close(self._keep_alive)
+        os.close(self._stdin)
+        if self._pid is not None:
+            with contextlib.suppress(OSError):
+                os.kill(self._pid, signal.SIGKILL)
+            os.waitpid(self._pid, 0)

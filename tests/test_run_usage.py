@@ -1,0 +1,211 @@
+"""`elastic-timer run`: what it makes of a COMMAND that is not quite right, and what it logs."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from elastic_timer._command.main import main
+from tests.support import Child, eventually, fill_pipe
+
+CLI = "import sys; from elastic_timer._command.main import main; sys.exit(main())"
+
+
+@pytest.fixture
+def run(spawn: Callable[..., Child], tmp_path: Path) -> Callable[..., Child]:
+    """`run(*arguments)`: a Child that is `elastic-timer run`, its temporary folder `tmp_path`."""
+
+    def start(*arguments: str, source: str = CLI, **popen_kwargs: object) -> Child:
+        return spawn(source, "run", *arguments, env={"TMPDIR": str(tmp_path)}, **popen_kwargs)
+
+    return start
+
+
+# --- a COMMAND without an interpreter's name
+
+
+def executable(path: Path, content: bytes) -> str:
+    """A file that may be executed."""
+    path.write_bytes(content)
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.parametrize("is_found_on_path", [False, True])
+def test_s2_script_without_a_shebang(
+    run: Callable[..., Child],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    is_found_on_path: bool,
+) -> None:
+    """A script that does not name its interpreter is run by sh, with its arguments."""
+    script = executable(tmp_path / "script", b'echo "$# $1"; kill -USR1 $$\n')
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    child = run("--", "script" if is_found_on_path else script, "a b", "c")
+    assert child.readline() == "2 a b"
+    assert child.wait() == 128 + signal.SIGUSR1
+
+
+def test_s2_program_of_another_machine(run: Callable[..., Child], tmp_path: Path) -> None:
+    """What can't be executed and is no text is not handed to sh: 126, and the reason."""
+    program = executable(tmp_path / "program", b"\x7fELF\x02\x01\x01" + bytes(100))
+    child = run("--", program)
+    assert child.wait() == 126
+    assert f"cannot run {program}: " in child.stderr_text()
+
+
+def test_s2_without_a_shell(run: Callable[..., Child], tmp_path: Path) -> None:
+    """Without sh a script can't be run, and says so; other commands can."""
+    source = f"from elastic_timer._command import run; run._SHELL = '/no/shell'\n{CLI}"
+    script = executable(tmp_path / "script", b"exit 0\n")
+    child = run("--", script, source=source)
+    assert child.wait() == 127
+    assert f"cannot run {script}: " in child.stderr_text()
+    child = run("--", "sh", "-c", "echo ready; exec sleep 60", source=source)
+    assert child.readline() == "ready"
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait() == 128 + signal.SIGTERM
+
+
+def test_signals_where_cat_is_missing(run: Callable[..., Child]) -> None:
+    """Without what tells of signals to the group they are all forwarded."""
+    child = run(
+        "--",
+        sys.executable,
+        "-c",
+        "import time; print('ready', flush=True); time.sleep(60)",
+        source=f"import os; os.environ['PATH'] = '/none'\n{CLI}",
+    )
+    assert child.readline() == "ready"
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait() == 128 + signal.SIGTERM
+
+
+# --- a COMMAND without -- before it
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["torchrun", "x.py"], "elastic-timer run -- torchrun x.py"),
+        (
+            ["--run-id", "a b", "python", "-u", "x y.py"],
+            "elastic-timer run --run-id 'a b' -- python -u 'x y.py'",
+        ),
+    ],
+)
+def test_s6_command_without_dashes(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], meant: str
+) -> None:
+    """`run torchrun x.py` is refused with the line that was meant."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["run", *arguments])
+    assert exit_.value.code == 2
+    assert f"write -- before COMMAND: {meant}\n" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["demo", "fast"], ["run", "--fast"], ["run", "sh", "--", "true"]]
+)
+def test_s6_not_where_that_would_not_help(
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
+) -> None:
+    """An option that is not there, and what stands before -- by mistake, get no such advice."""
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+    told = capsys.readouterr().err
+    assert "unrecognized arguments" in told
+    assert "write --" not in told
+
+
+# --- the log
+
+
+def test_s8_time_and_rank(run: Callable[..., Child]) -> None:
+    """Each record has its time; its rank where it has one, and its traceback where there is one."""
+    source = f"""
+        import logging, time
+        from elastic_timer._command import main as command
+
+        def tell(*_):
+            before = time.time()
+            logger = logging.getLogger("elastic_timer")
+            logger.warning("%s of them", "all", extra={{"timer_rank": 3}})
+            logger.warning("none", extra={{"timer_rank": None}})
+            try:
+                raise ValueError("\\udcff")
+            except ValueError:
+                logger.exception("why")
+            print(before, time.time())
+            return 0
+
+        command.run = tell
+        {CLI}
+        """
+    child = run("--", "true", source=source)
+    before, after = map(float, child.readline().split())
+    assert child.wait() == 0
+    ranked, plain, error, *traceback = child.stderr_text().splitlines()
+    for line, rest in ((ranked, " [rank 3]: all of them"), (plain, ": none"), (error, ": why")):
+        moment = line.removeprefix("elastic-timer ").removesuffix(rest)
+        assert re.fullmatch(r"\d\d:\d\d:\d\d\.\d{3}", moment), line
+        possible = {time.strftime("%H:%M:%S", time.localtime(t)) for t in (before, after)}
+        assert moment[:8] in possible
+    assert traceback[0].startswith("Traceback")
+    assert traceback[-1] == "ValueError: \\udcff"
+
+
+@pytest.fixture
+def full_pipe() -> Iterator[int]:
+    """The writing end of a pipe into which nothing more goes, and that nobody reads."""
+    read, write = os.pipe()
+    fill_pipe(write)
+    os.set_blocking(write, True)
+    yield write
+    os.close(write)
+    os.close(read)
+
+
+def test_b1_log_that_nobody_reads(
+    run: Callable[..., Child], full_pipe: int, tmp_path: Path
+) -> None:
+    """With a stderr that blocks signals are forwarded, a reap is made, and `run` ends."""
+    script = """
+        import os, subprocess, sys, time, elastic_timer
+        worker = subprocess.Popen([sys.executable, "-c",
+            "import time, elastic_timer as e; e.configure()\\n"
+            "with e.expires(after=0.1): time.sleep(60)"], stderr=subprocess.DEVNULL)
+        print(worker.wait(), flush=True)
+        time.sleep(60)
+        """
+    child = run("--", sys.executable, "-c", textwrap.dedent(script), stderr=full_pipe)
+    assert child.readline() == str(-signal.SIGKILL)
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait() == 128 + signal.SIGTERM
+    child = run("--", "/no/such/command", stderr=full_pipe)
+    assert child.wait() == 127
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/wchan").exists(), reason="this system does not tell")
+def test_b1_usage_error_that_nobody_reads(
+    run: Callable[..., Child], full_pipe: int, tmp_path: Path
+) -> None:
+    """What is wrong with the usage may block on stderr; the signals are answered even then."""
+    child = run("--events", str(tmp_path / "missing/events"), "--", "true", stderr=full_pipe)
+    eventually(lambda: _wait_channel_is_pipe(child.pid))
+    os.kill(child.pid, signal.SIGTERM)
+    assert child.wait() == -signal.SIGTERM
+
+
+def _wait_channel_is_pipe(pid: int) -> bool:
+    return "pipe" in Path(f"/proc/{pid}/wchan").read_text()
