@@ -59,6 +59,7 @@ _OPEN_FLAGS = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)
 # that clients, which try for about a second, find it again.
 _FIFO_CHECK = 0.5
 
+
 def _retry(max_retries: int, sleep_time: float) -> Callable[[Callable[_P, _R]], Callable[_P, _R]]:
     """Decorate a function so that it is tried again when it raises.
 
@@ -308,7 +309,13 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         reap_self: bool = False,
         kill_after: float | None = None,
     ) -> None:
-        super().__init__(lambda: FifoSource(file_path, FileTimerRequest), run_id, max_interval, daemon, kill_after)
+        super().__init__(
+            lambda: FifoSource(file_path, FileTimerRequest),
+            run_id,
+            max_interval,
+            daemon,
+            kill_after,
+        )
         self._file_path = file_path
         self._reap_self = reap_self
         # Set, a round does not wait, and is the last.
@@ -319,7 +326,11 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         self._next_fifo_check = 0.0
         if log_event is not None:
             self.subscribe(
-                _as_log_event(log_event), ServerStarted, ServerStopped, TimerExpired, WorkerSignalled
+                _as_log_event(log_event),
+                ServerStarted,
+                ServerStopped,
+                TimerExpired,
+                WorkerSignalled,
             )
 
     def start(self) -> None:

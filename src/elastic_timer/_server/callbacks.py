@@ -169,5 +169,3 @@ def forget_parent() -> None:
     """Begin anew in a forked child, where the thread is not, and the lock may have been held."""
     global _records
     _records = Callbacks()
-
-

@@ -60,6 +60,7 @@ class Loop:
         self._open_all = open_all
         self._run_rounds = run
         self._close_all = close_all
+        self._run = _Run()
         self._forget()
         self._selector: selectors.BaseSelector | None = None
         self._wake_fds: tuple[int, int] | None = None
@@ -77,16 +78,17 @@ class Loop:
                 threads, or none that run by themselves.
             BaseException: What `open_all` raised.
         """
-        thread = self._run.thread
-        if thread is not None and thread.is_alive():
+        if self._run.has_begun and not self._run.has_ended.is_set:
             if not self.is_stopping():
                 return False
-            if thread is not threading.current_thread():
-                thread.join(_START_PATIENCE)
-            if thread.is_alive():
+            if self._run.thread is not threading.current_thread():
+                self._run.has_ended.wait(_START_PATIENCE)
+            if not self._run.has_ended.is_set:
                 raise RuntimeError("the watchdog was told to stop and is still in its last round")
         refuse_green_threads()
         _stop_at_the_end_of_a_child()
+        # A start that was interrupted may still bring its thread to life.
+        self._run.stop_requested.set()
         self._run = run = _Run()
         run.thread = threading.Thread(
             target=self._serve, args=(run,), name=self._name, daemon=self._daemon
@@ -94,17 +96,14 @@ class Loop:
         try:
             run.thread.start()
             run.is_open.wait()
-        except RuntimeError:  # No more threads.
-            run.thread = None
-            self._close()
-            raise
         except BaseException:
-            # Ctrl-C. Whether the thread runs yet is not known; where it does, it gives all back.
+            # No more threads, or Ctrl-C. Then it is not known whether the thread runs yet; where it
+            # does, it gives all back.
             run.stop_requested.set()
-            self.wake()
+            self.join()
             raise
         if run.failure is not None:
-            run.thread.join()
+            self.join()
             raise run.failure
         return True
 
@@ -122,15 +121,18 @@ class Loop:
         self.wake()
         if run.thread is threading.current_thread():
             return
-        if run.thread is not None and run.thread.is_alive():
-            run.thread.join(_STOP_PATIENCE)
-        # The thread closes all by itself, where no Ctrl-C can cut it short.
-        if run.thread is None or not run.has_begun:
-            self._close()
+        # A thread closes all by itself, where no Ctrl-C can cut it short.
+        if run.has_begun:
+            run.has_ended.wait(_STOP_PATIENCE)
+        else:
+            with self._serving:
+                self._close()
+        if run.thread is not None and run.has_ended.is_set:
+            run.thread.join()
 
     def is_stopping(self) -> bool:
         """Whether the thread was told to end."""
-        return self._run.stop_requested.is_set()
+        return (self._served or self._run).stop_requested.is_set()
 
     def wake_from_outside(self) -> None:
         """Let the thread look again, unless it is the caller."""
@@ -157,7 +159,7 @@ class Loop:
     def pause(self, seconds: float) -> None:
         """Let time pass, less where the thread is told to stop."""
         if seconds > 0:
-            self._run.stop_requested.wait(seconds)
+            (self._served or self._run).stop_requested.wait(seconds)
 
     def watch(self, fd: int, what: object) -> None:
         """Let `wait` return `what` when there is something to read from `fd`."""
@@ -185,24 +187,28 @@ class Loop:
         return ready
 
     def _serve(self, run: _Run) -> None:
-        run.has_begun = True
-        try:
-            if not run.stop_requested.is_set():
-                self._open_all()
+        with self._serving:
+            run.has_begun = True
+            self._served = run
+            try:
+                if not run.stop_requested.is_set():
+                    self._open_all()
+                    run.is_open.set()
+                    self._run_rounds()
+            # A loop of somebody's own, or no memory even to log an error of a round.
+            except BaseException as error:
+                if not run.is_open.is_set:
+                    run.failure = error
+                else:
+                    logger.exception(
+                        "The watchdog has died; nobody is watched until the server starts anew"
+                    )
+            finally:
+                # Left open by a watchdog that died, the way in would swallow what clients send.
+                callbacks.run_contained(self._close)
+                self._served = None
+                run.has_ended.set()
                 run.is_open.set()
-                self._run_rounds()
-        # A loop of somebody's own, or no memory even to log an error of a round.
-        except BaseException as error:
-            if not run.is_open.is_set():
-                run.failure = error
-            else:
-                logger.exception(
-                    "The watchdog has died; nobody is watched until the server starts anew"
-                )
-        finally:
-            # Left open by a watchdog that died, the way in would swallow what clients send.
-            callbacks.run_contained(self._close)
-            run.is_open.set()
 
     def _close(self) -> None:
         with self._lock:
@@ -247,7 +253,33 @@ class Loop:
     def _forget(self) -> None:
         # In a forked child the lock may have been held, and the thread is not there.
         self._lock = threading.RLock()
+        # Held by the thread as long as it runs: one that was told to stop, and did not even begin
+        # by then, does not get in the way of the next.
+        self._serving = threading.Lock()
         self._run = _Run()
+        self._served: _Run | None = None
+
+
+class _Flag:
+    """An event that waiting for it leaves intact, also where that is interrupted.
+
+    `threading.Event` and `Thread.join` can be left by a Ctrl-C in a state that is not the truth.
+    """
+
+    def __init__(self) -> None:
+        self.is_set = False
+        self._lock = threading.Lock()
+        self._lock.acquire()
+
+    def set(self) -> None:
+        if not self.is_set:
+            self.is_set = True
+            self._lock.release()
+
+    def wait(self, timeout: float = -1) -> None:
+        """Wait until it is set, for so many seconds at most; for ever without a number."""
+        if not self.is_set and self._lock.acquire(timeout=timeout):
+            self._lock.release()
 
 
 class _Run:
@@ -255,9 +287,10 @@ class _Run:
 
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
-        self.has_begun = False
         self.stop_requested = threading.Event()
-        self.is_open = threading.Event()
+        self.has_begun = False
+        self.is_open = _Flag()
+        self.has_ended = _Flag()
         self.failure: BaseException | None = None
 
 

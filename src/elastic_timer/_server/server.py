@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import signal as signals
 from collections.abc import Callable, Mapping
@@ -91,7 +92,8 @@ class _Retry(NamedTuple):
     pause: float
 
 
-class _Signalled(NamedTuple, Generic[_R]):
+@dataclasses.dataclass(frozen=True)
+class _Signalled(Generic[_R]):
     """A worker that was signalled for a timer: until when it is given time to end."""
 
     timer: _R
@@ -230,9 +232,7 @@ class ProcessServer(Generic[_R]):
             for request in counted:
                 kind = TimerReleased if request.expiration_time < 0 else TimerAcquired
                 pid = request.worker_id
-                self._events.publish(
-                    kind(_clock.epoch(), pid, *self._workers.ranks(pid), request)
-                )
+                self._events.publish(kind(_clock.epoch(), pid, *self._workers.ranks(pid), request))
         self._loop.wake_from_outside()
 
     def clear_timers(self, worker_pids: set[int]) -> None:
@@ -306,9 +306,7 @@ class ProcessServer(Generic[_R]):
         """Report the workers whose timers have expired at `now` (epoch), and reap them."""
         self._retries = {pid: retry for pid, retry in self._retries.items() if pid in expired}
         fresh = {pid: timers for pid, timers in expired.items() if pid not in self._retries}
-        due = [
-            pid for pid in expired if pid in fresh or self._retries[pid].at <= self._looked_at
-        ]
+        due = [pid for pid in expired if pid in fresh or self._retries[pid].at <= self._looked_at]
         evidence = self._contained(lambda: self._report(fresh), lambda: {})
         for pid in due:
             # A release that was written before the signal is honoured, however late it comes.
@@ -383,9 +381,7 @@ class ProcessServer(Generic[_R]):
             lambda: self.get_expired_timers(epoch), lambda: self._workers.expired(epoch)
         )
 
-    def _reap(
-        self, pid: int, timers: list[_R], evidence: Mapping[str, object] | None
-    ) -> None:
+    def _reap(self, pid: int, timers: list[_R], evidence: Mapping[str, object] | None) -> None:
         """Do with a worker what its expired timers ask for."""
         if self._workers.is_gone(pid, self.is_process_running):
             return
@@ -487,7 +483,7 @@ class ProcessServer(Generic[_R]):
                 del self._signalled[pid]
                 self._note_signal(pid, followed.timer, signals.SIGKILL)
             else:
-                self._signalled[pid] = followed._replace(until=now + _RETRY)
+                self._signalled[pid] = dataclasses.replace(followed, until=now + _RETRY)
 
     def _report(self, expired: dict[int, list[_R]]) -> Mapping[int, Mapping[str, object]]:
         """Have the debug hook say, in every round, what expired workers were doing.
@@ -513,9 +509,7 @@ class ProcessServer(Generic[_R]):
             report()
         return dict(evidence)
 
-    def _contained(
-        self, hook: Callable[[], _Result], instead: Callable[[], _Result]
-    ) -> _Result:
+    def _contained(self, hook: Callable[[], _Result], instead: Callable[[], _Result]) -> _Result:
         """What a hook returns, which may be anybody's; where it raises, what is done instead."""
         try:
             return hook()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Hashable, Iterator, Mapping
-from typing import Generic, NamedTuple, TypeVar
+from typing import Generic, TypeVar
 
 _Worker = TypeVar("_Worker", bound=Hashable)
 _Request = TypeVar("_Request")
@@ -15,12 +15,6 @@ _Request = TypeVar("_Request")
 # Heap entries of released timers are left in place; the heap is rebuilt when it holds more than
 # twice the live ones plus this many, so that its size and the cost of an acquire stay bounded.
 _HEAP_SLACK = 64
-
-
-class _Timer(NamedTuple, Generic[_Request]):
-    serial: int
-    deadline: float
-    request: _Request
 
 
 class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Request]):
@@ -31,7 +25,8 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
     """
 
     def __init__(self) -> None:
-        self._timers: dict[_Worker, dict[str, _Timer[_Request]]] = {}
+        # Of each timer its serial, its deadline and its request.
+        self._timers: dict[_Worker, dict[str, tuple[int, float, _Request]]] = {}
         self._size = 0
         self._serial = 0
         # Deadline, serial, worker, scope. The serial breaks ties, so that workers are never
@@ -42,7 +37,7 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
     def __getitem__(self, key: tuple[_Worker, str]) -> _Request:
         worker, scope = key
         try:
-            return self._timers[worker][scope].request
+            return self._timers[worker][scope][2]
         except KeyError:
             raise KeyError(key) from None
 
@@ -62,7 +57,7 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
         scopes = self._timers.setdefault(worker, {})
         self._size += scope not in scopes
         self._serial += 1
-        scopes[scope] = _Timer(self._serial, deadline, request)
+        scopes[scope] = self._serial, deadline, request
         heapq.heappush(self._heap, (deadline, self._serial, worker, scope))
         self._prune()
 
@@ -96,7 +91,7 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
     def deadline(self, worker: _Worker, scope: str) -> float | None:
         """When the worker's timer for a scope is due; None where it holds none."""
         timer = self._timers.get(worker, {}).get(scope)
-        return None if timer is None else timer.deadline
+        return None if timer is None else timer[1]
 
     def expired(self, now: float) -> dict[_Worker, list[_Request]]:
         """The requests due at `now` or before, by worker, each worker's oldest first.
@@ -133,7 +128,7 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
     def _is_live(self, entry: tuple[float, int, _Worker, str]) -> bool:
         _, serial, worker, scope = entry
         timer = self._timers.get(worker, {}).get(scope)
-        return timer is not None and timer.serial == serial
+        return timer is not None and timer[0] == serial
 
     def _prune(self) -> None:
         if len(self._heap) > 2 * self._size + _HEAP_SLACK:

@@ -271,9 +271,7 @@ class Workers(Generic[_Request]):
         """Whether there are workers whose exit only asking reveals."""
         return bool(self._unwatched)
 
-    def drop_exited(
-        self, pids: Iterable[int], claims_to_run: Callable[[int], bool]
-    ) -> list[Gone]:
+    def drop_exited(self, pids: Iterable[int], claims_to_run: Callable[[int], bool]) -> list[Gone]:
         """Forget the workers that are gone, and their timers.
 
         Args:
