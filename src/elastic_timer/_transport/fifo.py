@@ -17,9 +17,12 @@ from elastic_timer._transport.wire import SHORTEST_REQUEST, Fields, LineBuffer, 
 
 logger = contained_logger(__name__)
 
-# How much an ordinary round reads: some 600 requests. To drop as much rubbish takes a millisecond
-# or two, so that writers that never pause do not keep the server from its deadlines.
 _READ_SIZE = 1 << 16
+
+# How much an ordinary round reads: as rubbish it takes some hundredths of a second, so that writers
+# that never pause do not keep the server from its deadlines. With much less a busy client would
+# keep the pipe full, and others would find no room in it.
+_ROUND_SIZE = CAPACITY // 2
 
 # How many unreadable lines of a second are named one by one: a warning takes longer than the line
 # took to write.
@@ -98,7 +101,7 @@ class FifoSource:
                 without being late for a deadline.
         """
         data = bytearray()
-        limit = CAPACITY if everything else _READ_SIZE
+        limit = CAPACITY if everything else _ROUND_SIZE
         with contextlib.suppress(BlockingIOError):
             while len(data) < limit:
                 data += os.read(self.fileno(), _READ_SIZE)
