@@ -184,6 +184,27 @@ def test_a4_folder_is_waited_for_and_not_for_ever(
     made.close()
 
 
+def live_on(channel: Any) -> None:
+    channel.send("alive")
+    channel.recv()
+
+
+def test_a4_child_forked_meanwhile_does_not_keep_the_folder_locked(
+    fifo_path: str, fork_worker: Fork
+) -> None:
+    """It has a copy of what the folder was locked with, and shares the lock."""
+    made = FifoSource(fifo_path)
+    with made._locked_folder(1.0):
+        child = fork_worker(live_on)
+        assert child.receive() == "alive"
+    descriptor = os.open(os.path.dirname(fifo_path), os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        os.close(descriptor)
+    made.close()
+
+
 # Another user, who may write to the folder ------------------------------------------------------
 
 

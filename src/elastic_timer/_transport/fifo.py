@@ -193,12 +193,12 @@ class FifoSource:
         where somebody keeps it locked for longer than `patience` seconds. What follows is done all
         the same: it then differs only for servers that start at the very same moment.
         """
-        import fcntl  # Not on Windows.
-
         give_up_at = time.monotonic() + patience
         close_descriptors(self._others)  # What is left of a call that was interrupted.
         try:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(ImportError, OSError):
+                import fcntl
+
                 folder = os.path.dirname(self._path)
                 self._others.extend(map(os.open, [folder], [os.O_RDONLY | os.O_DIRECTORY]))
                 while time.monotonic() < give_up_at:
@@ -209,11 +209,11 @@ class FifoSource:
                         time.sleep(0.002)
             yield
         finally:
-            # A child that another thread has forked meanwhile may hold a copy: closing it here
-            # would leave the folder locked.
-            if self._others:
-                with contextlib.suppress(OSError):
-                    fcntl.flock(self._others[0], fcntl.LOCK_UN)
+            # Not by closing it alone: a child forked by another thread may hold a copy.
+            with contextlib.suppress(ImportError, OSError, IndexError):
+                import fcntl
+
+                fcntl.flock(self._others[0], fcntl.LOCK_UN)
             close_descriptors(self._others)
 
     def _make(self) -> None:
