@@ -109,6 +109,14 @@ def test_first_lines_of_each_second_are_named(
     ]
 
 
+def test_descriptor_that_leads_elsewhere_is_no_endless_read(source: FifoSource) -> None:
+    """A program that closes descriptors not its own leaves the server reading another file."""
+    empty = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(empty, source.fileno())
+    os.close(empty)
+    assert source.drain(everything=True) == []
+
+
 # Whose it is ------------------------------------------------------------------------------------
 
 

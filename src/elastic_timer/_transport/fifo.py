@@ -103,8 +103,9 @@ class FifoSource:
         data = bytearray()
         limit = CAPACITY if everything else _ROUND_SIZE
         with contextlib.suppress(BlockingIOError):
-            while len(data) < limit:
-                data += os.read(self.fileno(), _READ_SIZE)
+            # It never ends, unless somebody closed our descriptor and its number was given anew.
+            while len(data) < limit and (chunk := os.read(self.fileno(), _READ_SIZE)):
+                data += chunk
         self.has_read = self.has_read or bool(data)
         lines = self._lines.feed(bytes(data))
         # Decoded one by one, all the rubbish that a pipe holds would take seconds.
