@@ -252,3 +252,25 @@ def test_b2_managers_queue_whose_manager_died() -> None:
         process.join()
         with pytest.raises((EOFError, OSError)):
             requests.drain()
+
+
+# `get`, whose workers may be anything -----------------------------------------------------------
+
+
+def test_get_from_a_queue_without_a_pipe() -> None:
+    """It takes what is there, and waits for no more than the timeout."""
+    plain: Any = queue.Queue()
+    requests = MultiprocessingRequestQueue(plain)
+    plain.put(TimerRequest("anything", "s", 1.0))
+    assert requests.get(2, 0.05) == [TimerRequest("anything", "s", 1.0)]
+
+
+def test_get_drops_what_can_not_be_unpickled(
+    mp_queue: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With a warning; a worker that is no pid is not its business."""
+    os.write(mp_queue._writer.fileno(), struct.pack("!i", 3) + b"\xffno")
+    os.write(mp_queue._writer.fileno(), frame(TimerRequest("anything", "s", 1.0)))
+    requests = MultiprocessingRequestQueue(mp_queue).get(1, 5)
+    assert requests == [TimerRequest("anything", "s", 1.0)]
+    assert "Dropped a request that can't be unpickled" in caplog.text

@@ -213,6 +213,9 @@ local_server.get_expired_timers(1.0)
 request_queue = MultiprocessingRequestQueue(queue)
 assert_type(request_queue.size(), int)
 assert_type(request_queue.get(1, 0.5), list[TimerRequest])
+assert_type(request_queue.open(), int | None)
+assert_type(request_queue.drain(), list[TimerRequest])
+request_queue.close()
 
 # --- servers of one's own
 

@@ -21,9 +21,12 @@ logger = contained_logger(__name__)
 
 _R = TypeVar("_R")
 
-# How much an ordinary round reads: some 600 requests. To drop as much rubbish takes a millisecond
-# or two, so that writers that never pause do not keep the server from its deadlines.
 _READ_SIZE = 1 << 16
+
+# How much an ordinary round reads: as rubbish it takes some hundredths of a second, so that writers
+# that never pause do not keep the server from its deadlines. With much less a busy client would
+# keep the pipe full, and others would find no room in it.
+_ROUND_SIZE = CAPACITY // 2
 
 # How many unreadable lines of a second are named one by one: a warning takes longer than the line
 # took to write.
@@ -104,10 +107,11 @@ class FifoSource(Generic[_R]):
                 without being late for a deadline.
         """
         data = bytearray()
-        limit = CAPACITY if everything else _READ_SIZE
+        limit = CAPACITY if everything else _ROUND_SIZE
         with contextlib.suppress(BlockingIOError):
-            while len(data) < limit:
-                data += os.read(self.fileno(), _READ_SIZE)
+            # It never ends, unless somebody closed our descriptor and its number was given anew.
+            while len(data) < limit and (chunk := os.read(self.fileno(), _READ_SIZE)):
+                data += chunk
         self.has_read = self.has_read or bool(data)
         lines = self._lines.feed(bytes(data))
         # Decoded one by one, all the rubbish that a pipe holds would take seconds.
@@ -196,12 +200,12 @@ class FifoSource(Generic[_R]):
         where somebody keeps it locked for longer than `patience` seconds. What follows is done all
         the same: it then differs only for servers that start at the very same moment.
         """
-        import fcntl  # Not on Windows.
-
         give_up_at = _clock.monotonic() + patience
         close_descriptors(self._others)  # What is left of a call that was interrupted.
         try:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(ImportError, OSError):
+                import fcntl
+
                 folder = os.path.dirname(self._path)
                 self._others.extend(map(os.open, [folder], [os.O_RDONLY | os.O_DIRECTORY]))
                 while _clock.monotonic() < give_up_at:
@@ -212,11 +216,11 @@ class FifoSource(Generic[_R]):
                         time.sleep(0.002)
             yield
         finally:
-            # A child that another thread has forked meanwhile may hold a copy: closing it here
-            # would leave the folder locked.
-            if self._others:
-                with contextlib.suppress(OSError):
-                    fcntl.flock(self._others[0], fcntl.LOCK_UN)
+            # Not by closing it alone: a child forked by another thread may hold a copy.
+            with contextlib.suppress(ImportError, OSError, IndexError):
+                import fcntl
+
+                fcntl.flock(self._others[0], fcntl.LOCK_UN)
             close_descriptors(self._others)
 
     def _make(self) -> None:
