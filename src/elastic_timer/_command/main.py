@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 
-from elastic_timer import FileTimerRequest, FileTimerServer, __version__, _evidence
+from elastic_timer import FileTimerRequest, FileTimerServer, __version__
 
 logger = logging.getLogger(__name__)
 
@@ -234,6 +234,4 @@ class _EventFile:
             "expiration_time": None if request is None else request.expiration_time,
             "signal": None if request is None else request.signal,
         }
-        if name == "timer expired" and request is not None:
-            record["evidence"] = _evidence.latest(self._run_id, request.worker_pid)
         return record

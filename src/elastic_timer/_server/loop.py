@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 # Loaded with the first server: the first worker's end shall not wait for it.
-import elastic_timer._evidence  # noqa: F401
+import elastic_timer._evidence.expiry  # noqa: F401
 from elastic_timer._server import callbacks as _callbacks
 
 logger = _callbacks.contained_logger(__name__)
