@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _PARALLEL_DUMPS = 8
 _FRAMES_KEPT = 100
-_MOST_OUTPUT = 4 << 20  # bytes; 300 threads of 50 frames are 3.5 MiB
+_MOST_OUTPUT = 4 << 20  # bytes; 10,000 frames and more
 _REAP_PATIENCE = 0.3  # seconds
 
 
@@ -83,7 +83,10 @@ def take_stacks(states: Mapping[int, str | None], deadline: float | None) -> dic
             absent = _missing('py-spy was not found: install it with "pip install py-spy"')
             taken |= dict.fromkeys(wanted, absent)
         else:
-            taken |= _dump_all(program, wanted, deadline)
+            try:
+                taken |= _dump_all(program, wanted, deadline)
+            except Exception as error:  # a reap must never fail for want of a stack
+                taken |= dict.fromkeys(wanted, _missing(f"py-spy: {one_line(repr(error))}"))
     used_up = _missing("the time for stacks was used up by other processes")
     return {pid: stacks or used_up for pid, stacks in taken.items()}
 
@@ -115,7 +118,7 @@ def _dump_all(program: str, states: Mapping[int, str | None], deadline: float) -
     ended: list[_Dump] = []
     # Not left to subprocess: it waits by a clock that may be frozen, and keeps without limit what
     # a py-spy writes.
-    with selectors.PollSelector() as selector:
+    with selectors.DefaultSelector() as selector:
         try:
             while (left := deadline - monotonic()) > 0 and (waiting or running):
                 if waiting and len(running) < _PARALLEL_DUMPS:
@@ -125,8 +128,6 @@ def _dump_all(program: str, states: Mapping[int, str | None], deadline: float) -
                     except OSError as error:
                         reason = f"py-spy could not be started: {one_line(str(error))}"
                         taken[pid] = _missing(reason)
-                    except Exception as error:  # a reap must never fail for want of a stack
-                        taken[pid] = _missing(f"py-spy: {one_line(repr(error))}")
                     continue
                 for key, _ in selector.select(left):
                     dump: _Dump = key.data
@@ -174,7 +175,6 @@ class _Dump:
         self.pid = pid
         self.process = subprocess.Popen(
             command,
-            bufsize=0,  # a read must not wait for more than there is
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
