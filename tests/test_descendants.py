@@ -214,6 +214,16 @@ def test_descendants_are_left_out_where_stacks_are_switched_off(
     assert collected[worker.pid]["descendants"] == []
 
 
+def test_descendants_of_a_process_that_is_never_signalled_are_left_alone(
+    loading: tuple[Child, int],
+) -> None:
+    """Those of the server are all its workers, those of init everybody: they are not paused."""
+    pid = os.getpid()
+    assert loading[0].pid in facts.descendants_of(pid, {}, 32)
+    collected = log_debug_info_for_expired_timers("run", {pid: expired(pid)})
+    assert collected[pid]["descendants"] == []
+
+
 def test_a_descendant_that_has_ended_takes_one_line(
     spawn: Spawn, caplog: pytest.LogCaptureFixture
 ) -> None:

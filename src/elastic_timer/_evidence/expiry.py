@@ -18,6 +18,7 @@ from elastic_timer._evidence.facts import (
     read_facts,
 )
 from elastic_timer._evidence.stacks import Stacks, ThreadStack, monotonic, take_stacks
+from elastic_timer._server.process import refusal
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -123,6 +124,9 @@ def _descendants(
         return {pid: [] for pid in workers}
     found = {
         pid: {child: read_facts(child) for child in descendants_of(pid, workers, _MOST_DESCENDANTS)}
+        # Those of init are everybody, those of the server all of its workers.
+        if refusal(pid) is None
+        else {}
         for pid in workers
     }
     states = {child: facts["state"] for each in found.values() for child, facts in each.items()}
