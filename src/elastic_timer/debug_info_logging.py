@@ -55,10 +55,11 @@ def log_debug_info_for_expired_timers(
     if not expired_timers:
         return collected
     # Not before: in a worker, and until something expires, nobody needs it.
-    from elastic_timer._evidence import expiry
+    from elastic_timer._evidence import expiry, latest
 
     try:
         collected = expiry.collect(run_id, expired_timers, _stacks_timeout)
+        latest.remember(run_id, collected)
         for evidence in collected.values():
             logger.warning("%s", expiry.describe(evidence), extra=expiry.log_fields(evidence))
     except Exception:

@@ -20,6 +20,8 @@ import time
 from typing_extensions import override
 
 from elastic_timer import FileTimerRequest, FileTimerServer, configure, expires
+from elastic_timer._evidence.expiry import describe_stacks
+from elastic_timer._evidence.latest import latest
 
 # Many times what the demo takes; a worker that is alive then was not reaped.
 _PATIENCE = 20.0
@@ -143,6 +145,10 @@ class _Stage:
             worker = self._worker(request)
             worker.reaped = worker.reaped or event == "kill worker process"
             self._tell(worker, f"server: {event}")
+            evidence = latest("demo", request.worker_pid)
+            if event == "timer expired" and evidence is not None:
+                for line in describe_stacks(evidence):
+                    self._tell(worker, f"  {line}")
 
     def _worker(self, request: FileTimerRequest) -> _Worker:
         with self._lock:

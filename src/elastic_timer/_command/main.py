@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 
 from elastic_timer import FileTimerRequest, FileTimerServer, __version__
+from elastic_timer._evidence.latest import latest
 
 logger = logging.getLogger(__name__)
 
@@ -234,4 +235,6 @@ class _EventFile:
             "expiration_time": None if request is None else request.expiration_time,
             "signal": None if request is None else request.signal,
         }
+        if name == "timer expired" and request is not None:
+            record["evidence"] = latest(self._run_id, request.worker_pid)
         return record
