@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -273,18 +274,16 @@ def test_b9_server_in_a_child_of_multiprocessing(
 ) -> None:
     """The child ends, and no FIFO is left, though multiprocessing ends it past `atexit`."""
     script = tmp_path / "serve.py"
-    import textwrap
-
     script.write_text(textwrap.dedent(IN_A_CHILD))
     fifo = tmp_path / "timers"
     child = spawn(
-        "import runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')",
-        str(script),
-        str(fifo),
-        method,
-        is_started,
-        daemon,
-        env={"PYTHONPATH": os.pathsep.join([str(tmp_path)])},
+        """
+        import runpy, sys
+        sys.argv = sys.argv[1:]
+        runpy.run_path(sys.argv[0], run_name="__main__")
+        """,
+        *(str(script), str(fifo), method, is_started, daemon),
+        env={"PYTHONPATH": str(tmp_path)},
     )
     assert child.readline(60) == "0", child.stderr_text()
     assert not fifo.exists()

@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from elastic_timer import FileTimerServer, LocalTimerServer, _evidence, debug_info_logging
+from elastic_timer import FileTimerServer, LocalTimerServer, debug_info_logging
+from elastic_timer._evidence import expiry, stacks
 from elastic_timer._server.process import refusal
 from elastic_timer.debug_info_logging import (
     add_debug_info_handler,
@@ -30,6 +31,7 @@ from elastic_timer.debug_info_logging import (
     set_stacks_timeout,
     stacks_timeout,
 )
+from tests.evidence_support import expired, install_py_spy, logged
 from tests.support import Child, ForkedWorker, eventually, is_alive, process_state, wait_dead
 
 # Forking while a watchdog thread runs is what servers are for; Python warns of it since 3.12.
@@ -93,6 +95,7 @@ def _default_settings() -> Iterator[None]:
     yield
     set_stacks_timeout(2.0)
     debug_info_logging._handlers.clear()
+    expiry._last_taken = (0.0, 0.0)
 
 
 @pytest.fixture
@@ -112,40 +115,7 @@ def stuck(spawn: Spawn) -> Callable[[str], Child]:
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     """`stand_in(script)`: has a shell script run as py-spy; returns the log of its arguments."""
-
-    def install(script: str) -> Path:
-        folder = tmp_path / "scripts"
-        folder.mkdir()
-        log = tmp_path / "dumps"
-        log.touch()
-        program = folder / "py-spy"
-        program.write_text(f'#!/bin/sh\necho "$@" >> {shlex.quote(str(log))}\n{script}\n')
-        program.chmod(0o755)
-        monkeypatch.setattr(_evidence, "find_py_spy", lambda: str(program))
-        return log
-
-    return install
-
-
-def expired(pid: int, *scopes: str, late: float = 0.5) -> list[str]:
-    """Timers of a worker as a server hands them over, each `late` seconds past its deadline."""
-    return [
-        json.dumps(
-            {
-                "version": 1,
-                "pid": pid,
-                "scope_id": scope,
-                "expiration_time": time.time() - late,
-                "signal": 9,
-            }
-        )
-        for scope in scopes or ("train.py#42",)
-    ]
-
-
-def logged(caplog: pytest.LogCaptureFixture) -> list[Any]:
-    """The records on workers, as objects with any attribute."""
-    return [record for record in caplog.records if hasattr(record, "timer_pid")]
+    return lambda script: install_py_spy(script, tmp_path, monkeypatch)
 
 
 def last_frame(record: Any) -> tuple[str, int]:
@@ -244,6 +214,8 @@ def test_one_warning_a_worker_with_stable_fields(
     assert fields == {
         "timer_run_id",
         "timer_pid",
+        "timer_rank",
+        "timer_local_rank",
         "timer_scopes",
         "timer_seconds_late",
         "timer_command",
@@ -255,6 +227,7 @@ def test_one_warning_a_worker_with_stable_fields(
         "timer_age_seconds",
         "timer_stacks",
         "timer_stacks_missing",
+        "timer_descendants",
     }
     json.dumps({name: getattr(record, name) for name in fields}, allow_nan=False)
     assert record.getMessage().startswith(
@@ -336,9 +309,9 @@ def test_a_process_group_has_no_facts(
 @pytest.mark.parametrize("pid", [os.getpid(), 1])
 def test_a_process_that_is_never_signalled_is_never_dumped(pid: int) -> None:
     """Least of all the server's own: nobody could end a py-spy that has stopped it."""
-    reason = _evidence.take_stacks({pid: "S"}, 2.0)[pid]
-    assert isinstance(reason, str)
-    assert reason == refusal(pid)
+    taken = stacks.take_stacks({pid: "S"}, stacks.monotonic() + 2)[pid]
+    assert refusal(pid) is not None
+    assert taken == {"stacks": None, "stacks_missing": refusal(pid)}
 
 
 def test_nothing_is_logged_for_no_worker(caplog: pytest.LogCaptureFixture) -> None:
@@ -363,7 +336,7 @@ def test_text_that_is_no_request_is_shown(
 def test_what_cannot_be_collected_at_all_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     """A mapping that makes no sense raises nothing and is logged as an error."""
     nonsense: Any = {"four": None}
-    log_debug_info_for_expired_timers("run", nonsense)
+    assert log_debug_info_for_expired_timers("run", nonsense) == {}
     assert [record.levelname for record in caplog.records] == ["ERROR"]
 
 
@@ -446,7 +419,7 @@ class TestPySpyFails:
         monkeypatch.setenv("PATH", str(tmp_path))
         record = log_one(caplog, child.pid)
         assert record.timer_stacks is None
-        assert "pip install 'elastic-timer[stacks]'" in record.timer_stacks_missing
+        assert "pip install py-spy" in record.timer_stacks_missing
         assert record.timer_stacks_missing in record.getMessage()
 
     def test_found_on_the_path(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -456,7 +429,7 @@ class TestPySpyFails:
         program.chmod(0o755)
         monkeypatch.setattr(sys, "executable", "")
         monkeypatch.setenv("PATH", str(tmp_path))
-        assert _evidence.find_py_spy() == str(program)
+        assert stacks.find_py_spy() == str(program)
 
     def test_not_permitted(
         self,
@@ -542,23 +515,6 @@ exit 1"""
         assert len(started_pids) == 2
         eventually(lambda: not any(map(is_alive, started_pids)))
 
-    def test_hanging_where_there_are_no_process_groups(
-        self,
-        stuck: Callable[[str], Child],
-        caplog: pytest.LogCaptureFixture,
-        stand_in: Callable[[str], Path],
-        monkeypatch: pytest.MonkeyPatch,
-        tmp_path: Path,
-    ) -> None:
-        """There a py-spy that never ends is killed by itself."""
-        child = stuck("asleep")
-        pid = tmp_path / "pid"
-        stand_in(f"echo $$ > {pid}; exec sleep 600")
-        monkeypatch.delattr(os, "killpg")
-        set_stacks_timeout(0.5)
-        assert log_one(caplog, child.pid).timer_stacks_missing == "py-spy did not end in time"
-        assert not is_alive(int(pid.read_text()))
-
     def test_its_output_counts_though_its_pipe_stays_open(
         self,
         stuck: Callable[[str], Child],
@@ -593,7 +549,7 @@ exit 1"""
                 child.wait()
         reasons = [record.timer_stacks_missing for record in logged(caplog)]
         assert reasons.count("py-spy did not end in time") == 8
-        assert reasons.count("the time for stacks was used up by other workers") == 4
+        assert reasons.count("the time for stacks was used up by other processes") == 4
         assert len(dumps.read_text().splitlines()) == 8
 
     def test_no_threads_left(
@@ -720,20 +676,21 @@ def test_an_error_of_a_handler_is_contained(
     assert "RuntimeError: no disk" in caplog.text
 
 
-def test_the_latest_evidence_is_kept_for_a_while(stuck: Callable[[str], Child]) -> None:
-    """Of each run the last round's evidence can be had, and of the last eight runs only."""
+def test_what_was_collected_is_returned(
+    stuck: Callable[[str], Child], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The caller has the evidence by pid, with the fields of the record; nothing for nothing."""
     pid = stuck("asleep").pid
-    set_stacks_timeout(0)
-    log_debug_info_for_expired_timers("run 0", {pid: expired(pid, "a"), -pid: expired(-pid)})
-    log_debug_info_for_expired_timers("run 0", {pid: expired(pid, "b")})
-    evidence = _evidence.latest("run 0", pid)
-    assert evidence is not None
-    assert evidence["scopes"] == ["b"]
-    assert _evidence.latest("run 0", -pid) is None
-    for number in range(1, 9):
-        log_debug_info_for_expired_timers(f"run {number}", {pid: expired(pid)})
-    assert _evidence.latest("run 0", pid) is None
-    assert _evidence.latest("run 1", pid) is not None
+    collected = log_debug_info_for_expired_timers("run", {pid: expired(pid)})
+    (record,) = logged(caplog)
+    assert list(collected) == [pid]
+    assert record.timer_stacks
+    assert collected[pid] == {
+        name.removeprefix("timer_"): value
+        for name, value in vars(record).items()
+        if name.startswith("timer_")
+    }
+    assert log_debug_info_for_expired_timers("run", {}) == {}
 
 
 def test_importing_the_library_imports_nothing_for_evidence(spawn: Spawn) -> None:
@@ -860,7 +817,7 @@ def test_a_server_reaps_without_stacks(
 ) -> None:
     """Either server, whatever is wrong with py-spy: the reason is in the log, it dies in time."""
     if script is None:
-        monkeypatch.setattr(_evidence, "find_py_spy", lambda: None)
+        monkeypatch.setattr(stacks, "find_py_spy", lambda: None)
     else:
         stand_in(script)
     set_stacks_timeout(0.5)

@@ -18,6 +18,7 @@ import pytest
 from elastic_timer._transport import fifo as _fifo
 from elastic_timer._transport.fifo import FifoSource
 from elastic_timer._transport.pipe import CAPACITY
+from elastic_timer._transport.wire import Fields
 from tests.instructions import interrupt
 from tests.support import ForkedWorker, no_more_descriptors, open_descriptors, wire_line, write_raw
 
@@ -27,7 +28,7 @@ Fork = Callable[..., ForkedWorker]
 @pytest.fixture
 def source(fifo_path: str) -> Iterator[FifoSource]:
     """A source that is open."""
-    made = FifoSource(fifo_path)
+    made = FifoSource(fifo_path, Fields)
     made.open()
     yield made
     made.close()
@@ -127,19 +128,19 @@ def test_a3_fifo_that_anybody_reads_is_left_alone(fifo_path: str) -> None:
     reader = os.open(fifo_path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         with pytest.raises(FileExistsError, match="reads it already") as caught:
-            FifoSource(fifo_path)
+            FifoSource(fifo_path, Fields)
         assert caught.value.filename == fifo_path
         assert os.stat(fifo_path).st_ino == inode
     finally:
         os.close(reader)
-    FifoSource(fifo_path).close()
+    FifoSource(fifo_path, Fields).close()
     assert not os.path.lexists(fifo_path)
 
 
 def test_a3_one_that_never_read_leaves_the_others_fifo(fifo_path: str) -> None:
     """It knows its own FIFO by a number, which the one that replaced it may have by now."""
-    first = FifoSource(fifo_path)
-    second = FifoSource(fifo_path)
+    first = FifoSource(fifo_path, Fields)
+    second = FifoSource(fifo_path, Fields)
     second.open()
     with pytest.raises(FileExistsError, match="reads it already"):
         first.open()
@@ -164,7 +165,7 @@ def test_a4_fifo_that_another_made_in_between(
 
     monkeypatch.setattr(os, "mkfifo", too_late)
     with pytest.raises(FileExistsError, match="reads it already"):
-        FifoSource(fifo_path)
+        FifoSource(fifo_path, Fields)
 
 
 def hold_the_lock(channel: Any, folder: str) -> None:
@@ -185,7 +186,7 @@ def test_a4_folder_is_waited_for_and_not_for_ever(
     assert holder.receive() == "locked"
     monkeypatch.setattr(_fifo, "_FOLDER_PATIENCE", 0.1)
     started = time.monotonic()
-    made = FifoSource(fifo_path)
+    made = FifoSource(fifo_path, Fields)
     assert 0.1 <= time.monotonic() - started < 5
     assert holder.ask("unlock") == "unlocked"
     made.open()
@@ -201,7 +202,7 @@ def test_a4_child_forked_meanwhile_does_not_keep_the_folder_locked(
     fifo_path: str, fork_worker: Fork
 ) -> None:
     """It has a copy of what the folder was locked with, and shares the lock."""
-    made = FifoSource(fifo_path)
+    made = FifoSource(fifo_path, Fields)
     with made._locked_folder(1.0):
         child = fork_worker(live_on)
         assert child.receive() == "alive"
@@ -242,7 +243,7 @@ def test_c2_link_in_the_place_of_what_was_made(
     before = os.umask(0o777)
     try:
         with pytest.raises(PermissionError, match="only this user may write to"):
-            FifoSource(fifo_path)
+            FifoSource(fifo_path, Fields)
     finally:
         os.umask(before)
     assert os.path.islink(fifo_path)
@@ -252,14 +253,14 @@ def test_c2_fifo_of_another_users_is_not_read(
     fifo_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Neither one that lies there when it was just made, nor one that came before it is opened."""
-    made = FifoSource(fifo_path)
+    made = FifoSource(fifo_path, Fields)
     with monkeypatch.context() as patched:
         # As this one is seen if it is another user's.
         patched.setattr(os, "geteuid", lambda: os.stat(fifo_path).st_uid + 1)
         with pytest.raises(PermissionError):
             made.open()
         with pytest.raises(PermissionError):
-            FifoSource(fifo_path)
+            FifoSource(fifo_path, Fields)
     made.close()
     with pytest.raises(ValueError, match="not open"):
         made.fileno()
@@ -267,7 +268,7 @@ def test_c2_fifo_of_another_users_is_not_read(
 
 def test_c2_fifo_that_is_not_the_one_made(fifo_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has come to lie at the path between the look at it and the opening is not read."""
-    made = FifoSource(fifo_path)
+    made = FifoSource(fifo_path, Fields)
     make = made._make
 
     def make_and_replace() -> None:
@@ -291,7 +292,7 @@ def test_umask_where_the_system_has_no_path_descriptors(
     monkeypatch.setattr(os, "chmod", lambda *args, **options: calls.append((args, options)))
     before = os.umask(0o777)
     try:
-        made = FifoSource(fifo_path)
+        made = FifoSource(fifo_path, Fields)
     finally:
         os.umask(before)
     assert calls == [((fifo_path,), {"mode": 0o600, "follow_symlinks": False})]
@@ -351,9 +352,9 @@ def test_mend_that_fails_leaves_nothing(
 
 def test_b9_fifo_of_a_source_that_was_never_opened(fifo_path: str) -> None:
     """`close` removes it, also where no descriptor is left to see whether somebody reads it."""
-    FifoSource(fifo_path).close()
+    FifoSource(fifo_path, Fields).close()
     assert not os.path.lexists(fifo_path)
-    made = FifoSource(fifo_path)
+    made = FifoSource(fifo_path, Fields)
     with no_more_descriptors():
         made.close()
     assert not os.path.lexists(fifo_path)
@@ -363,7 +364,7 @@ def test_close_closes_though_it_can_not_remove(
     fifo_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What raises while the FIFO is removed reaches the caller with the descriptors closed."""
-    made = FifoSource(fifo_path)
+    made = FifoSource(fifo_path, Fields)
     before = set(open_descriptors())
     made.open()
     with monkeypatch.context() as patched:
@@ -382,7 +383,7 @@ def test_close_closes_though_it_can_not_remove(
 def test_forget_parent_leaves_the_fifo(fifo_path: str) -> None:
     """A forked child closes its copies, and can't remove what is its parent's."""
     before = set(open_descriptors())
-    parents = FifoSource(fifo_path)
+    parents = FifoSource(fifo_path, Fields)
     parents.open()
     parents.forget_parent()
     parents.close()

@@ -525,7 +525,7 @@ def test_time_that_is_none_fails_at_the_call(fifo_path: str, option: dict[str, f
 
 def test_fifo_that_is_not_open_has_no_descriptor(fifo_path: str) -> None:
     """Between `start()` and `stop()` alone there is one to read from."""
-    fifo = FifoSource(fifo_path)
+    fifo = FifoSource(fifo_path, Fields)
     with pytest.raises(ValueError, match=r"timers\.fifo is not open"):
         fifo.fileno()
     fifo.open()

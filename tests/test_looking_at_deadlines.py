@@ -208,7 +208,7 @@ def test_a5_exit_that_cannot_be_watched_loses_no_request(
 
 @pytest.mark.parametrize("kind", ["file", "queue"])
 def test_b8_tiny_interval(kind: str, fifo_path: str, fork_worker: Fork) -> None:
-    """With `max_interval` at nearly nothing the server reads, reaps and leaves the core to others."""
+    """With `max_interval` at nearly nothing the server works, and leaves the core to others."""
     queue: Any = multiprocessing.get_context("fork").Queue()
     client: Any = FileTimerClient(fifo_path)
     server: Any

@@ -152,9 +152,10 @@ class TimerServer(abc.ABC):
         self._loop = Loop(
             f"elastic-timer {type(self).__name__}",
             daemon,
-            self._open,
-            self._watchdog_loop,
-            self._close,
+            # A queue of somebody's own is open, and stays so.
+            open_all=lambda: None,
+            run=self._watchdog_loop,
+            close_all=lambda is_child: None,
         )
 
     def __enter__(self) -> Self:
@@ -255,12 +256,6 @@ class TimerServer(abc.ABC):
         """
         self._stop_signaled = True
         self._loop.stop()
-
-    def _open(self) -> None:
-        """Nothing to open: a `RequestQueue` of somebody's own is open."""
-
-    def _close(self, is_child: bool = False) -> None:
-        """Nothing to give back."""
 
 
 class _Unset:

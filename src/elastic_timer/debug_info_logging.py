@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from elastic_timer._evidence.expiry import Evidence
+
     _Handler = Callable[[str, dict[int, list[str]]], object]
 
 __all__ = [
@@ -30,7 +32,9 @@ _handlers: list[_Handler] = []
 _stacks_timeout = 2.0
 
 
-def log_debug_info_for_expired_timers(run_id: str, expired_timers: dict[int, list[str]]) -> None:
+def log_debug_info_for_expired_timers(
+    run_id: str, expired_timers: dict[int, list[str]]
+) -> dict[int, Evidence]:
     """Log what workers were doing when their timers expired, then call the added handlers.
 
     Both servers call this once per expiry, before they signal a worker and also where they will
@@ -41,17 +45,22 @@ def log_debug_info_for_expired_timers(run_id: str, expired_timers: dict[int, lis
         run_id: The run id of the server.
         expired_timers: Pid of each worker to its expired timers, each as JSON.
 
+    Returns:
+        Pid of each worker to what was learned of it: the fields of its log record, without their
+        prefix. Empty where nothing could be learned.
+
     .. versionadded:: 0.1.0
     """
+    collected: dict[int, Evidence] = {}
     if not expired_timers:
-        return
+        return collected
     # Not before: in a worker, and until something expires, nobody needs it.
-    from elastic_timer import _evidence
+    from elastic_timer._evidence import expiry
 
     try:
-        for evidence in _evidence.collect(run_id, expired_timers, _stacks_timeout):
-            fields = {f"timer_{name}": value for name, value in evidence.items()}
-            logger.warning("%s", _evidence.describe(evidence), extra=fields)
+        collected = expiry.collect(run_id, expired_timers, _stacks_timeout)
+        for evidence in collected.values():
+            logger.warning("%s", expiry.describe(evidence), extra=expiry.log_fields(evidence))
     except Exception:
         logger.exception("no evidence on the expired timers of run %r: %s", run_id, expired_timers)
     for handler in tuple(_handlers):
@@ -59,6 +68,7 @@ def log_debug_info_for_expired_timers(run_id: str, expired_timers: dict[int, lis
             handler(run_id, expired_timers)
         except Exception:
             logger.exception("the debug info handler %r failed", handler)
+    return collected
 
 
 def add_debug_info_handler(handler: _Handler) -> None:

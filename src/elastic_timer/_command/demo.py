@@ -18,7 +18,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, cast
 
-from elastic_timer import FileTimerServer, _evidence, configure, expires
+from elastic_timer import FileTimerServer, configure, expires
+from elastic_timer._evidence.expiry import describe_stacks
 from elastic_timer._server.events import (
     Event,
     TimerAcquired,
@@ -30,6 +31,7 @@ from elastic_timer._server.events import (
 
 if TYPE_CHECKING:
     from elastic_timer import FileTimerRequest
+    from elastic_timer._evidence.expiry import Evidence
 
 # Many times what the demo takes; a worker that is alive then was not reaped.
 _PATIENCE = 20.0
@@ -156,7 +158,7 @@ class _Stage:
         if isinstance(event, WorkerSignalled):
             worker.reaped = True
         elif isinstance(event, TimerExpired) and event.evidence is not None:
-            for line in _evidence.describe_stacks(cast("_evidence.Evidence", event.evidence)):
+            for line in describe_stacks(cast("Evidence", event.evidence)):
                 self._tell(worker, f"  {line}")
 
     def watch(self) -> None:

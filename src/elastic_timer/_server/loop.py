@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 
 # Loaded with the first server: the first worker's end shall not wait for it.
-import elastic_timer._evidence  # noqa: F401
+import elastic_timer._evidence.expiry  # noqa: F401
 from elastic_timer._server import callbacks
 
 logger = callbacks.contained_logger(__name__)
@@ -61,6 +61,7 @@ class Loop:
         self._run_rounds = run
         self._close_all = close_all
         self._run = _Run()
+        self._served: _Run | None = None
         self._forget()
         self._selector: selectors.BaseSelector | None = None
         self._wake_fds: tuple[int, int] | None = None
@@ -257,7 +258,7 @@ class Loop:
         # by then, does not get in the way of the next.
         self._serving = threading.Lock()
         self._run = _Run()
-        self._served: _Run | None = None
+        self._served = None
 
 
 class _Flag:

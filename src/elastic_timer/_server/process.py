@@ -12,7 +12,7 @@ import functools
 import os
 import select
 import signal as signals
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from elastic_timer._server.callbacks import contained_logger
 
@@ -20,8 +20,8 @@ logger = contained_logger(__name__)
 
 _NO_PROCESS = -1
 
-# What is read of a worker's environment, and nothing else: who it is in its job.
-_RANK_NAMES = frozenset(
+# All that is ever read of an environment: the rest may hold passwords.
+_NAMES_READ = frozenset(
     {
         "RANK", "LOCAL_RANK", "WORLD_SIZE", "GROUP_RANK", "TORCHELASTIC_RESTART_COUNT",
         "TORCHELASTIC_RUN_ID", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK",
@@ -214,27 +214,27 @@ def stat_of(pid: int) -> list[str] | None:
 
 
 def environment_of(pid: int) -> dict[str, str]:
-    """What the environment that a process was started with says of its rank and job."""
+    """What a process was started with of the few variables that place it in its job."""
     try:
         with open(f"/proc/{pid}/environ", encoding="utf-8", errors="replace") as file:
-            entries = (entry.partition("=") for entry in file.read().split("\0"))
-            return {name: value for name, _, value in entries if name in _RANK_NAMES}
+            entries = [entry.partition("=") for entry in file.read().split("\0")]
     except OSError:
         return {}
+    return {name: value for name, _, value in entries if name in _NAMES_READ}
 
 
-def ranks_of(pid: int) -> tuple[int | None, int | None]:
-    """The rank of a process in its job and among those of its host; None where it has none.
+def ranks(environment: Mapping[str, str]) -> tuple[int | None, int | None]:
+    """The rank in its job and the rank on its host of a process; `None` where it has none.
 
-    They are read off the environment it was started with, where launchers put them.
+    Args:
+        environment: What `environment_of` found.
     """
-    environment = environment_of(pid)
 
-    def number(*names: str) -> int | None:
-        texts = (environment[name] for name in names if name in environment)
-        return next((int(text) for text in texts if text.isdecimal()), None)
+    def first_of(*names: str) -> int | None:
+        values = (environment.get(name, "") for name in names)
+        return next((int(value) for value in values if value.isdecimal()), None)
 
-    return number("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"), number("LOCAL_RANK")
+    return first_of("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"), first_of("LOCAL_RANK")
 
 
 def state_of(pid: int) -> str:

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 logger = callbacks.contained_logger(__name__)
 
 _R = TypeVar("_R", bound=Request)
-_R_co = TypeVar("_R_co", bound=Request, covariant=True)
 _Result = TypeVar("_Result")
 
 # What `Loop.wait` returns for the descriptor that requests come from.
@@ -64,13 +63,13 @@ _RARE_EVENTS = (ServerStarted, ServerStopped, TimerExpired, WorkerSignalled, Wor
 _UNKILLABLE_AFTER = 5.0
 
 
-class Source(Protocol[_R_co]):
+class Source(Protocol[_R]):
     """What requests come from: a FIFO, or the pipe of a queue."""
 
     def open(self) -> int | None:
         """Open it; the descriptor that becomes readable with a request, if there is one."""
 
-    def drain(self, everything: bool = False) -> list[_R_co]:
+    def drain(self, everything: bool = False) -> list[_R]:
         """Requests that have arrived; never waits.
 
         Args:

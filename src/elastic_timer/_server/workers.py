@@ -14,8 +14,9 @@ from elastic_timer._server.callbacks import contained_logger
 from elastic_timer._server.process import (
     ProcessHandle,
     SpareDescriptor,
+    environment_of,
     is_running,
-    ranks_of,
+    ranks,
     refusal,
 )
 from elastic_timer._server.table import TimerTable
@@ -92,7 +93,7 @@ class _Worker:
     def __init__(self, pid: int, process: ProcessHandle | None) -> None:
         # None: gone before it could be held, though it is claimed to run.
         self.process = process
-        self.rank, self.local_rank = ranks_of(pid) if pid > 0 else (None, None)
+        self.rank, self.local_rank = ranks(environment_of(pid)) if pid > 0 else (None, None)
         self.watched_fd: int | None = None
         # Until then, in monotonic seconds, its requests are those of a process about to die.
         self.deaf_until = 0.0

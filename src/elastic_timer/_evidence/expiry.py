@@ -1,0 +1,244 @@
+"""What an expired worker and its descendants were doing: collected, and put into words."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from typing import TYPE_CHECKING
+
+from elastic_timer import _clock
+from elastic_timer._evidence.facts import (
+    Activity,
+    Facts,
+    descendants_of,
+    one_line,
+    read_facts,
+)
+from elastic_timer._evidence.stacks import Stacks, ThreadStack, take_stacks
+from elastic_timer._server.process import environment_of, ranks, refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_MOST_DESCENDANTS = 32  # of one worker
+
+_STATES = {
+    "R": "running",
+    "S": "sleeping",
+    "D": "in the kernel, not interruptible",
+    "T": "stopped",
+    "t": "stopped by a debugger",
+    "Z": "ended, not waited for",
+    "I": "idle",
+}
+
+# A thread that runs in no other files is one that a library keeps in the background. User code may
+# be in site-packages: of what is there, only these few are known to be none.
+_LIBRARY_FILE = re.compile(
+    r"^<frozen |/lib(64)?/python3\.\d+t?/(?!(site|dist)-packages/)"
+    r"|/torch/utils/data/_utils/pin_memory\.py$|/tqdm/_monitor\.py$"
+    r"|/elastic_timer/(_server/\w+|api|local_timer|file_based_local_timer)\.py$"
+)
+# Where such threads wait for something to do.
+_WAITING_FILE = re.compile(
+    r"/(threading|queue|selectors|multiprocessing/\w+|concurrent/futures/\w+)\.py$"
+)
+
+
+class Descendant(Activity, Stacks):
+    """A process that an expired worker has started, or that such a process has."""
+
+    pid: int
+
+
+class Evidence(Facts, Stacks):
+    """All that is known of one expired worker; can be written as JSON as it is."""
+
+    run_id: str
+    pid: int
+    rank: int | None
+    local_rank: int | None
+    scopes: list[str]
+    seconds_late: float
+    descendants: list[Descendant]
+
+
+# From when to when stacks were taken last: who expired meanwhile has waited for them already.
+_last_taken = (0.0, 0.0)
+
+
+def collect(
+    run_id: str, expired_timers: Mapping[int, list[str]], timeout: float
+) -> dict[int, Evidence]:
+    """Gather the evidence on the workers of one round.
+
+    Args:
+        run_id: The run of the server that found the timers expired.
+        expired_timers: Pid to the JSON of its expired timers.
+        timeout: Seconds for the stacks of all workers together; 0 for none.
+
+    Returns:
+        Pid to its evidence, in the order of `expired_timers`.
+    """
+    global _last_taken
+    now, started = _clock.epoch(), _clock.monotonic()
+    timers = {
+        pid: sorted(map(_expiration_and_scope, requests))
+        for pid, requests in expired_timers.items()
+    }
+    late = {pid: max(0.0, now - given[0][0]) if given else 0.0 for pid, given in timers.items()}
+    waits_since = max(_last_taken[0], started - max(late.values(), default=0.0))
+    left = timeout - max(0.0, _last_taken[1] - waits_since)
+    deadline = started + left if timeout > 0 else None
+
+    # The facts come first: py-spy pauses the worker, and that would show in its state.
+    facts = {pid: read_facts(pid) for pid in timers}
+    in_job = {pid: ranks(environment_of(pid)) for pid in timers}
+    stacks = take_stacks({pid: known["state"] for pid, known in facts.items()}, deadline)
+    descendants = _descendants(timers, deadline)
+    _last_taken = started, _clock.monotonic()
+    return {
+        pid: {
+            "run_id": run_id,
+            "pid": pid,
+            "rank": in_job[pid][0],
+            "local_rank": in_job[pid][1],
+            "scopes": [scope for _, scope in given],
+            "seconds_late": late[pid],
+            **facts[pid],
+            **stacks[pid],
+            "descendants": descendants[pid],
+        }
+        for pid, given in timers.items()
+    }
+
+
+def _descendants(
+    workers: Mapping[int, object], deadline: float | None
+) -> dict[int, list[Descendant]]:
+    """The descendants of each worker, but for those that are such workers themselves."""
+    if deadline is None:
+        return {pid: [] for pid in workers}
+    found = {
+        pid: {child: read_facts(child) for child in descendants_of(pid, workers, _MOST_DESCENDANTS)}
+        # Those of init are everybody, those of the server all of its workers.
+        if refusal(pid) is None
+        else {}
+        for pid in workers
+    }
+    states = {child: facts["state"] for each in found.values() for child, facts in each.items()}
+    stacks = take_stacks(states, deadline)
+    return {
+        pid: [
+            {
+                "pid": child,
+                "command": facts["command"],
+                "state": facts["state"],
+                "system_call": facts["system_call"],
+                **stacks[child],
+            }
+            for child, facts in each.items()
+        ]
+        for pid, each in found.items()
+    }
+
+
+def log_fields(values: Mapping[str, object]) -> dict[str, object]:
+    """What a log record on a timer has as `extra`, so that all such records name things alike."""
+    return {f"timer_{name}": value for name, value in values.items()}
+
+
+def describe(evidence: Evidence) -> str:
+    """The evidence on one worker as text of several lines."""
+    scopes = ", ".join(map(repr, evidence["scopes"]))
+    rank = "" if evidence["rank"] is None else f" (rank {evidence['rank']})"
+    lines = [
+        f"worker {evidence['pid']}{rank} of run {evidence['run_id']!r} is past its deadline: "
+        f"{scopes}, {evidence['seconds_late']:.3f} s late"
+    ]
+    if evidence["command"]:
+        lines.append(f"  command: {evidence['command']}")
+    facts = ", ".join(_facts_in_words(evidence))
+    if facts:
+        lines.append(f"  {facts}")
+    lines += [f"  {line}" for line in describe_stacks(evidence)]
+    for descendant in evidence["descendants"]:
+        told = [descendant["command"] or "", ", ".join(_activity_in_words(descendant))]
+        stacks = describe_stacks(descendant)
+        if (
+            descendant["stacks"] is None
+        ):  # as of every process that runs no Python: on the same line
+            told += stacks
+            stacks = []
+        lines.append(f"  descendant {descendant['pid']}: {'; '.join(filter(None, told))}")
+        lines += [f"    {line}" for line in stacks]
+    return "\n".join(lines)
+
+
+def describe_stacks(taken: Stacks) -> list[str]:
+    """The stacks as lines of text that read as a traceback does, or the reason for having none."""
+    lines = []
+    folded = []
+    for index, thread in enumerate(taken["stacks"] or []):
+        name = one_line(thread["name"] or str(thread["id"]))
+        if index and _is_idle_helper(thread):
+            folded.append(name)
+            continue
+        notes = ["active" if thread["active"] else "idle"]
+        if thread["gil"]:
+            notes.append("holds the GIL")
+        lines.append(f"thread {name} ({', '.join(notes)}):")
+        for frame in thread["frames"]:
+            file, function = one_line(frame["file"]), one_line(frame["function"])
+            lines.append(f'  File "{file}", line {frame["line"]}, in {function}')
+    if folded:
+        threads = "1 idle thread" if len(folded) == 1 else f"{len(folded)} idle threads"
+        lines.append(f"{threads} of libraries not shown: {one_line(', '.join(folded))}")
+    if taken["stacks_missing"]:
+        lines.append(f"no stacks: {taken['stacks_missing']}")
+    return lines
+
+
+def _is_idle_helper(thread: ThreadStack) -> bool:
+    """Whether it is a thread of a library that waits for something to do."""
+    if thread["active"] or thread["gil"] or not thread["frames"]:
+        return False
+    innermost = thread["frames"][-1]
+    return (
+        all(_LIBRARY_FILE.search(frame["file"]) for frame in thread["frames"])
+        and _WAITING_FILE.search(innermost["file"]) is not None
+        # One that cannot get rid of what it has is no idle one: a queue that nobody reads.
+        and not innermost["function"].endswith("_send")
+    )
+
+
+def _expiration_and_scope(request: str) -> tuple[float, str]:
+    """Of a request as JSON; of any other text, that text as a scope whose time is not known."""
+    try:
+        fields = json.loads(request)
+        return float(fields["expiration_time"]), str(fields["scope_id"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf, one_line(str(request))
+
+
+def _activity_in_words(activity: Activity) -> list[str]:
+    words = []
+    if activity["state"] is not None:
+        words.append(f"state {activity['state']} ({_STATES.get(activity['state'], 'unknown')})")
+    if activity["system_call"] is not None:
+        words.append(f"in system call {activity['system_call']}")
+    return words
+
+
+def _facts_in_words(facts: Facts) -> list[str]:
+    words = _activity_in_words(facts)
+    if facts["wait_channel"] is not None:
+        words.append(f"waiting in {facts['wait_channel']}")
+    if facts["threads"] is not None:
+        words.append(f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}")
+    if facts["resident_bytes"] is not None:
+        words.append(f"{facts['resident_bytes'] / 2**20:.1f} MiB resident")
+    if facts["age_seconds"] is not None:
+        words.append(f"{facts['age_seconds']:.1f} s old")
+    return words

@@ -1,0 +1,254 @@
+"""The Python stacks of other processes, as `py-spy` reads them.
+
+`py-spy` reads the process's memory, so the process has no part in it. Local variables are never
+asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import selectors
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING, TypedDict
+
+from elastic_timer import _clock
+from elastic_timer._evidence.facts import one_line
+from elastic_timer._server.process import refusal
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_PARALLEL_DUMPS = 8
+_FRAMES_KEPT = 100
+_MOST_OUTPUT = 4 << 20  # bytes; 10,000 frames and more
+_REAP_PATIENCE = 0.3  # seconds
+
+
+class Frame(TypedDict):
+    """One line of a stack."""
+
+    file: str
+    line: int
+    function: str
+
+
+class ThreadStack(TypedDict):
+    """One thread of a process; `frames` end with the innermost, as a traceback does."""
+
+    id: int
+    name: str | None
+    active: bool
+    gil: bool
+    frames: list[Frame]
+
+
+class Stacks(TypedDict):
+    """The threads of a process, main thread first, or the reason why there are none."""
+
+    stacks: list[ThreadStack] | None
+    stacks_missing: str | None
+
+
+def find_py_spy() -> str | None:
+    """The `py-spy` installed beside this Python, else the one on `PATH`, else `None`."""
+    beside = os.path.dirname(sys.executable) if sys.executable else ""
+    return (beside and shutil.which("py-spy", path=beside)) or shutil.which("py-spy")
+
+
+def take_stacks(states: Mapping[int, str | None], deadline: float | None) -> dict[int, Stacks]:
+    """Dump the Python stacks of processes, eight at a time, each in a `py-spy` of its own.
+
+    Args:
+        states: Pid to the letter of its state as `read_facts` found it.
+        deadline: When what still runs is killed, in monotonic seconds. `None` takes none.
+
+    Returns:
+        The stacks of each pid.
+    """
+    taken = {pid: _no_dump(pid, state, deadline) for pid, state in states.items()}
+    wanted = {pid: states[pid] for pid, reason in taken.items() if reason is None}
+    if wanted and deadline is not None:
+        program = find_py_spy()
+        if program is None:
+            absent = _missing('py-spy was not found: install it with "pip install py-spy"')
+            taken |= dict.fromkeys(wanted, absent)
+        else:
+            try:
+                taken |= _dump_all(program, wanted, deadline)
+            except Exception as error:  # a reap must never fail for want of a stack
+                taken |= dict.fromkeys(wanted, _missing(f"py-spy: {one_line(repr(error))}"))
+    used_up = _missing("the time for stacks was used up by other processes")
+    return {pid: stacks or used_up for pid, stacks in taken.items()}
+
+
+def _missing(reason: str) -> Stacks:
+    return {"stacks": None, "stacks_missing": reason}
+
+
+def _no_dump(pid: int, state: str | None, deadline: float | None) -> Stacks | None:
+    """Why a process is not to be dumped; `None` where it is."""
+    if deadline is None:
+        return _missing("switched off")
+    # Above all not the server's own process: who would end a py-spy that has stopped it?
+    reason = refusal(pid)
+    if reason is not None:
+        return _missing(reason)
+    if pid < 0:
+        return _missing("a process group, not a process")
+    # Not read off a missing state: that may as well be for want of descriptors.
+    gone = os.path.exists("/proc/self") and not os.path.exists(f"/proc/{pid}")
+    return _missing("the process has ended") if gone or state == "Z" else None
+
+
+def _dump_all(program: str, states: Mapping[int, str | None], deadline: float) -> dict[int, Stacks]:
+    """The stacks of those processes whose dump could be begun before the deadline."""
+    taken: dict[int, Stacks] = {}
+    waiting = list(states.items())[::-1]
+    running: set[_Dump] = set()
+    ended: list[_Dump] = []
+    # Not left to subprocess: it waits by a clock that may be frozen, and keeps without limit what
+    # a py-spy writes.
+    with selectors.DefaultSelector() as selector:
+        try:
+            while (left := deadline - _clock.monotonic()) > 0 and (waiting or running):
+                if waiting and len(running) < _PARALLEL_DUMPS:
+                    pid, state = waiting.pop()
+                    try:
+                        running.add(_Dump(program, pid, state, selector))
+                    except OSError as error:
+                        reason = f"py-spy could not be started: {one_line(str(error))}"
+                        taken[pid] = _missing(reason)
+                    continue
+                for key, _ in selector.select(left):
+                    dump: _Dump = key.data
+                    if dump in running and dump.has_all(key.fd):
+                        taken[dump.pid] = dump.end()
+                        running.remove(dump)
+                        ended.append(dump)
+        finally:
+            for dump in running:
+                # All of it may be there: a child forked meanwhile keeps the pipe open, not py-spy.
+                taken[dump.pid] = dump.end("py-spy did not end in time")
+            _reap([dump.process for dump in (*ended, *running)], deadline + _REAP_PATIENCE)
+    return taken
+
+
+def _reap(processes: list[subprocess.Popen[bytes]], deadline: float) -> None:
+    """Wait for processes that were killed, which may take long where the kernel is in their way."""
+    while (processes := [each for each in processes if each.poll() is None]) and (
+        _clock.monotonic() < deadline
+    ):
+        time.sleep(0.0005)
+
+
+class _Dump:
+    """A `py-spy dump` that runs, and what it has written.
+
+    Args:
+        program: The `py-spy`.
+        pid: The process to dump.
+        state: The letter of the process's state.
+        selector: Tells when there is something to read.
+
+    Raises:
+        OSError: `py-spy` could not be started.
+    """
+
+    def __init__(
+        self, program: str, pid: int, state: str | None, selector: selectors.BaseSelector
+    ) -> None:
+        command = [program, "dump", "--json", "--pid", str(pid)]
+        if state in ("T", "t", "D"):
+            # Such a process cannot be paused: py-spy would fail, or wait for it to the end. The
+            # others must be: read while it runs, a busy worker's stack is often torn.
+            command.append("--nonblocking")
+        self.pid = pid
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert self.process.stdout is not None
+        assert self.process.stderr is not None
+        self._output = bytearray()
+        self._errors = bytearray()
+        self._written = {
+            self.process.stdout.fileno(): self._output,
+            self.process.stderr.fileno(): self._errors,
+        }
+        self._selector = selector
+        for descriptor in self._written:
+            selector.register(descriptor, selectors.EVENT_READ, self)
+
+    def has_all(self, descriptor: int) -> bool:
+        """Read what there is; whether that is the end of it, or too much."""
+        chunk = os.read(descriptor, 1 << 16)
+        self._written[descriptor] += chunk
+        if not chunk:
+            self._selector.unregister(descriptor)
+            del self._written[descriptor]
+        return not self._written or len(self._output) + len(self._errors) > _MOST_OUTPUT
+
+    def end(self, reason: str | None = None) -> Stacks:
+        """Kill it, with whatever it started.
+
+        Args:
+            reason: Why it has to end. `None`: it has written what it had to, or far more.
+
+        Returns:
+            The stacks, if it has written them.
+        """
+        with contextlib.suppress(OSError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        for descriptor in self._written:
+            self._selector.unregister(descriptor)
+        for pipe in filter(None, (self.process.stdout, self.process.stderr)):
+            pipe.close()
+        if len(self._output) + len(self._errors) > _MOST_OUTPUT:
+            return _missing(f"py-spy wrote more than {_MOST_OUTPUT >> 20} MiB")
+        try:
+            return {"stacks": _threads(self._output, self.pid), "stacks_missing": None}
+        except Exception:  # whatever its output is
+            return _missing(reason or _reason(self._errors.decode(errors="replace")))
+
+
+def _threads(output: bytearray, pid: int) -> list[ThreadStack]:
+    """Read what `py-spy dump --json` wrote; raises this or that where it is something else."""
+    threads = json.loads(output)
+    threads.reverse()  # The oldest first, which is the main thread, except after some forks:
+    threads.sort(key=lambda thread: thread["os_thread_id"] != pid)
+    return [
+        {
+            "id": thread["thread_id"],
+            # A program that never imported threading has given no names.
+            "name": thread["thread_name"] or ("MainThread" if index == 0 else None),
+            "active": thread["active"],
+            "gil": thread["owns_gil"],
+            "frames": [
+                {"file": frame["filename"], "line": frame["line"], "function": frame["name"]}
+                for frame in reversed(thread["frames"][:_FRAMES_KEPT])
+            ],
+        }
+        for index, thread in enumerate(threads)
+    ]
+
+
+def _reason(errors: str) -> str:
+    """One line from what a failed `py-spy` said, and what to do about it."""
+    lines = errors.partition("Stack backtrace:")[0].splitlines()
+    told = one_line(" ".join(line for line in lines if "sudo" not in line))
+    told = told or "it gave neither stacks nor a reason"
+    if "permi" in errors.lower():  # permission denied, operation not permitted
+        told += (
+            " (it may not read the process: run the server as the workers' user; in a "
+            "container add the capability SYS_PTRACE; see kernel.yama.ptrace_scope)"
+        )
+    return f"py-spy: {told}"
