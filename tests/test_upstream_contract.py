@@ -22,18 +22,13 @@ from elastic_timer import RequestQueue, TimerRequest, TimerServer
 from elastic_timer.local_timer import MultiprocessingRequestQueue
 from tests.support import (
     ALLOWED_LATENESS,
-    ForkedWorker,
+    Fork,
     assert_reaped_in_time,
     eventually,
     overrun,
 )
 
-# Forking while a watchdog thread runs is what servers are for; Python warns of it since 3.12.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
 INTERVAL = 0.01
-
-Fork = Callable[..., ForkedWorker]
 
 
 # The base class ---------------------------------------------------------------------------------
