@@ -176,6 +176,15 @@ def reader(fifo_path: str) -> Iterator[int]:
     os.close(descriptor)
 
 
+@pytest.fixture
+def mp_queue() -> Iterator[Any]:
+    """A queue for tests that write into its pipe themselves; it is closed with it."""
+    queue: Any = multiprocessing.get_context("fork").Queue()
+    yield queue
+    queue.close()
+    queue._writer.close()
+
+
 @pytest.fixture(params=["file", "queue"])
 def link(request: pytest.FixtureRequest, fifo_path: str) -> Iterator[Link]:
     """Both ways from a worker to a server in turn."""

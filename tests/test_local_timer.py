@@ -41,7 +41,7 @@ FORK: Any = multiprocessing.get_context("fork")
 
 @pytest.fixture
 def mp_queue() -> Any:
-    """A queue as most users have it."""
+    """A queue as most users have it; its own thread may still be writing when a test ends."""
     return FORK.Queue()
 
 

@@ -123,24 +123,30 @@ def test_number_given_to_another_process(
     assert is_alive(worker)
 
 
-@pytest.mark.skipif(not HAS_PIDFD, reason="no pidfd on this system")
-def test_thread_is_no_process() -> None:
-    """A thread's number is none of a process, though kill(2) would take it."""
-    ids: list[int] = []
+@contextlib.contextmanager
+def other_thread() -> Iterator[int]:
+    """The number that the system gave to a thread of this process, which runs meanwhile."""
+    numbers: list[int] = []
     done = threading.Event()
 
     def tell() -> None:
-        ids.append(threading.get_native_id())
+        numbers.append(threading.get_native_id())
         done.wait()
 
     thread = threading.Thread(target=tell)
     thread.start()
     try:
-        with pytest.raises(ProcessLookupError):
-            ProcessHandle(eventually(lambda: ids)[0])
+        yield eventually(lambda: numbers)[0]
     finally:
         done.set()
         thread.join()
+
+
+@pytest.mark.skipif(not HAS_PIDFD, reason="no pidfd on this system")
+def test_thread_is_no_process() -> None:
+    """A thread's number is none of a process, though kill(2) would take it."""
+    with other_thread() as number, pytest.raises(ProcessLookupError):
+        ProcessHandle(number)
 
 
 def lead_a_group(channel: Any) -> None:
@@ -347,20 +353,8 @@ def test_others_are_not_refused(worker: ForkedWorker) -> None:
 @pytest.mark.skipif(not HAS_PROC, reason="no /proc on this system")
 def test_thread_of_the_server_is_refused() -> None:
     """kill(2) on a thread's number hits all of its process."""
-    numbers: list[int] = []
-    done = threading.Event()
-
-    def tell() -> None:
-        numbers.append(threading.get_native_id())
-        done.wait()
-
-    thread = threading.Thread(target=tell)
-    thread.start()
-    try:
-        reason = refusal(eventually(lambda: numbers)[0])
-    finally:
-        done.set()
-        thread.join()
+    with other_thread() as number:
+        reason = refusal(number)
     assert reason == "it is a thread of the server's own process"
 
 

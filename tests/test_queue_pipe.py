@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,15 +16,6 @@ from elastic_timer import LocalTimerClient, MultiprocessingRequestQueue, TimerRe
 from elastic_timer._transport import queue_pipe as _queue_pipe
 from elastic_timer._transport.pipe import has_room
 from tests.support import FAR, no_more_descriptors
-
-
-@pytest.fixture
-def mp_queue() -> Iterator[Any]:
-    """A queue whose pipe is closed with it."""
-    queue: Any = multiprocessing.get_context("fork").Queue()
-    yield queue
-    queue.close()
-    queue._writer.close()
 
 
 def scopes(requests: list[TimerRequest]) -> list[str]:
