@@ -24,10 +24,6 @@ from elastic_timer._server.process import (
 )
 from tests.support import Fork, ForkedWorker, eventually, is_alive, no_more_descriptors, wait_dead
 
-# Forking beside other threads is what servers live with; Python warns of it since 3.12.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-
 HAS_PIDFD = hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal")
 HAS_PROC = os.path.exists("/proc/self/stat")
 

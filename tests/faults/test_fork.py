@@ -9,8 +9,6 @@ import threading
 import time
 from typing import Any
 
-import pytest
-
 from elastic_timer import FileTimerServer, TimerClient, expires
 from tests.servers import Link, Serve, Server
 from tests.support import (
@@ -20,10 +18,6 @@ from tests.support import (
     eventually,
     overrun,
 )
-
-# Forking while other threads run is what is under test; Python warns of it since 3.12.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
 
 CHILDREN = 50
 
