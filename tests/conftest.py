@@ -16,7 +16,18 @@ from typing import Any
 import pytest
 
 import elastic_timer
-from tests.support import Child, ForkedWorker, child_pids, eventually, open_descriptors
+from elastic_timer import FileTimerClient, FileTimerServer
+from tests.servers import Link, Serve, Server, ServerProcess, serve_questions
+from tests.support import (
+    Child,
+    Fork,
+    ForkedWorker,
+    Spawn,
+    child_pids,
+    eventually,
+    open_descriptors,
+    running,
+)
 
 _FAILED = pytest.StashKey[bool]()
 
@@ -106,7 +117,7 @@ def _reap(pids: set[int]) -> None:
 
 
 @pytest.fixture
-def spawn() -> Iterator[Callable[..., Child]]:
+def spawn() -> Iterator[Spawn]:
     """`spawn(source, *args, env=None, **popen_kwargs)`: a Child, killed and reaped at the end."""
     children: list[Child] = []
 
@@ -123,7 +134,7 @@ def spawn() -> Iterator[Callable[..., Child]]:
 
 
 @pytest.fixture
-def fork_worker() -> Iterator[Callable[..., ForkedWorker]]:
+def fork_worker() -> Iterator[Fork]:
     """`fork_worker(target, *args)`: a ForkedWorker, killed and reaped at the end."""
     workers: list[ForkedWorker] = []
 
@@ -141,3 +152,70 @@ def fork_worker() -> Iterator[Callable[..., ForkedWorker]]:
 def fifo_path(tmp_path: Path) -> str:
     """A path at which nothing lies yet."""
     return str(tmp_path / "timers.fifo")
+
+
+@pytest.fixture
+def client(fifo_path: str) -> FileTimerClient:
+    """A client of whatever server reads the FIFO."""
+    return FileTimerClient(fifo_path)
+
+
+@pytest.fixture
+def server(fifo_path: str) -> Iterator[FileTimerServer]:
+    """A file server that runs, for this test."""
+    with running(FileTimerServer(fifo_path, "run", 0.05)) as started:
+        yield started
+
+
+@pytest.fixture
+def reader(fifo_path: str) -> Iterator[int]:
+    """The reading end of a FIFO that no server reads."""
+    os.mkfifo(fifo_path)
+    descriptor = os.open(fifo_path, os.O_RDONLY | os.O_NONBLOCK)
+    yield descriptor
+    os.close(descriptor)
+
+
+@pytest.fixture
+def mp_queue() -> Iterator[Any]:
+    """A queue for tests that write into its pipe themselves; it is closed with it."""
+    queue: Any = multiprocessing.get_context("fork").Queue()
+    yield queue
+    queue.close()
+    queue._writer.close()
+
+
+@pytest.fixture(params=["file", "queue"])
+def link(request: pytest.FixtureRequest, fifo_path: str) -> Iterator[Link]:
+    """Both ways from a worker to a server in turn."""
+    with contextlib.closing(Link(request.param, fifo_path)) as made:
+        yield made
+
+
+@pytest.fixture
+def file_link(fifo_path: str) -> Link:
+    """The FIFO alone."""
+    return Link("file", fifo_path)
+
+
+@pytest.fixture
+def queue_link(fifo_path: str) -> Iterator[Link]:
+    """The queue alone."""
+    with contextlib.closing(Link("queue", fifo_path)) as made:
+        yield made
+
+
+@pytest.fixture
+def serve(fork_worker: Fork, tmp_path: Path) -> Serve:
+    """`serve(make_server, prepare=...)`: a ServerProcess; `prepare` is called in it first."""
+    count = 0
+
+    def start(
+        make_server: Callable[[], Server], prepare: Callable[[], object] = lambda: None
+    ) -> ServerProcess:
+        nonlocal count
+        count += 1
+        log_path = tmp_path / f"server-{count}.log"
+        return ServerProcess(fork_worker(serve_questions, make_server, log_path, prepare), log_path)
+
+    return start

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from elastic_timer import TimerClient, expires
+from elastic_timer import FileTimerRequest, TimerClient, expires
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCE = REPOSITORY / "src"
@@ -181,6 +181,16 @@ class ForkedWorker:
         self.process.join()
         self.process.close()
         self._channel.close()
+
+
+Spawn = Callable[..., Child]
+"""The fixture `spawn`."""
+
+Fork = Callable[..., ForkedWorker]
+"""The fixture `fork_worker`."""
+
+Event = tuple[str, FileTimerRequest | None]
+"""What `log_event` is called with."""
 
 
 def eventually(predicate: Callable[[], _T], timeout: float = 20, message: str = "") -> _T:

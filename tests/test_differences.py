@@ -24,7 +24,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,15 @@ from elastic_timer import (
     LocalTimerClient,
     LocalTimerServer,
     TimerClient,
-    TimerRequest,
     configure,
     expires,
     file_based_local_timer,
 )
+from tests.servers import Link, Serve, ServerProcess
 from tests.support import (
     FAR,
     LAST_PID,
-    ForkedWorker,
+    Fork,
     assert_reaped_in_time,
     eventually,
     is_alive,
@@ -57,62 +56,6 @@ from tests.support import (
     wire_line,
     write_raw,
 )
-
-# Forking while a watchdog thread runs is what is under test; Python warns of it since 3.12.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-Fork = Callable[..., ForkedWorker]
-Server = Any  # FileTimerServer or LocalTimerServer
-
-
-@dataclass
-class Transport:
-    """One of the two ways in which a request travels."""
-
-    client: TimerClient
-    make_server: Callable[..., Server]
-    put: Callable[[int, str, float], None]
-    """Send a request in the name of any pid."""
-
-
-def make_transport(kind: str, fifo_path: str) -> Transport:
-    if kind == "file":
-        client = FileTimerClient(fifo_path)
-
-        def put_line(pid: int, scope: str, expiration_time: float) -> None:
-            client._send_request(FileTimerRequest(pid, scope, expiration_time, signal.SIGKILL))
-
-        def make_file_server(max_interval: float) -> FileTimerServer:
-            return FileTimerServer(fifo_path, "run", max_interval)
-
-        return Transport(client, make_file_server, put_line)
-    queue: Any = multiprocessing.get_context("fork").Queue()
-
-    def put_object(pid: int, scope: str, expiration_time: float) -> None:
-        queue.put(TimerRequest(pid, scope, expiration_time))
-
-    def make_queue_server(max_interval: float) -> LocalTimerServer:
-        return LocalTimerServer(queue, max_interval)
-
-    return Transport(LocalTimerClient(queue), make_queue_server, put_object)
-
-
-@pytest.fixture(params=["file", "queue"])
-def transport(request: pytest.FixtureRequest, fifo_path: str) -> Transport:
-    """Both transports in turn."""
-    return make_transport(request.param, fifo_path)
-
-
-@pytest.fixture
-def file_transport(fifo_path: str) -> Transport:
-    """The FIFO alone."""
-    return make_transport("file", fifo_path)
-
-
-@pytest.fixture
-def queue_transport(fifo_path: str) -> Transport:
-    """The queue alone."""
-    return make_transport("queue", fifo_path)
 
 
 def exit_at_once(channel: Any, client: TimerClient, after: float) -> None:
@@ -138,32 +81,13 @@ def fork_and_live_on() -> int:
     return forked
 
 
+def step_clock(seconds: float) -> None:
+    """Set the wall clock of this process by so much, as its programs see it."""
+    time.time = functools.partial(stepped, time.time, seconds)
+
+
 def stepped(real_time: Callable[[], float], step: float) -> float:
     return real_time() + step
-
-
-def serve(channel: Any, make_server: Callable[[float], Server], max_interval: float) -> None:
-    """A process of its own for a server, which answers questions over the channel."""
-    server = make_server(max_interval)
-    real_time = time.time
-    with running(server):
-        channel.send("started")
-        while True:
-            question = channel.recv()
-            if question == "timers":
-                channel.send(list(server._timers))
-            elif question == "requests":
-                channel.send(server._request_count)
-            elif question == "fork":
-                channel.send(fork_and_live_on())
-            else:
-                time.time = functools.partial(stepped, real_time, question)
-                channel.send(time.time())
-
-
-def registered(server: ForkedWorker, pid: int) -> bool:
-    """Whether the server holds a timer of the worker."""
-    return any(worker == pid for worker, _ in server.ask("timers"))
 
 
 # D1 ---------------------------------------------------------------------------------------------
@@ -241,12 +165,10 @@ def overrun_around_a_short_block(channel: Any, client: TimerClient, after: float
         time.sleep(FAR)
 
 
-def test_d01_inner_block_leaves_the_outer_timer_alone(
-    transport: Transport, fork_worker: Fork
-) -> None:
+def test_d01_inner_block_leaves_the_outer_timer_alone(link: Link, fork_worker: Fork) -> None:
     """A worker whose unnamed inner block has ended is still reaped for its outer one."""
-    with running(transport.make_server(0.05)):
-        worker = fork_worker(overrun_around_a_short_block, transport.client, 0.25)
+    with running(link.server(0.05)):
+        worker = fork_worker(overrun_around_a_short_block, link.client, 0.25)
         assert_reaped_in_time(worker, worker.receive())
 
 
@@ -255,25 +177,23 @@ def test_d01_inner_block_leaves_the_outer_timer_alone(
 
 @pytest.mark.parametrize("quiet", [True, False], ids=["idle", "busy"])
 def test_d02_reaped_at_the_deadline_whatever_max_interval(
-    transport: Transport, fork_worker: Fork, quiet: bool
+    link: Link, fork_worker: Fork, quiet: bool
 ) -> None:
     """The watchdog wakes up for the earliest deadline, not when `max_interval` is over."""
-    with running(transport.make_server(20)):
+    with running(link.server(20)):
         if not quiet:
             for number in range(50):
-                transport.client.acquire(f"scope {number}", time.time() + FAR)
-        worker = fork_worker(overrun, transport.client, 0.25)
+                link.client.acquire(f"scope {number}", time.time() + FAR)
+        worker = fork_worker(overrun, link.client, 0.25)
         assert_reaped_in_time(worker, worker.receive())
 
 
-def test_d02_earlier_deadline_overtakes_a_later_one(
-    transport: Transport, fork_worker: Fork
-) -> None:
+def test_d02_earlier_deadline_overtakes_a_later_one(link: Link, fork_worker: Fork) -> None:
     """A timer that arrives later but is due earlier is looked at when it is due."""
-    with running(transport.make_server(20)):
-        later = fork_worker(overrun, transport.client, 0.6)
+    with running(link.server(20)):
+        later = fork_worker(overrun, link.client, 0.6)
         later_deadline = later.receive()
-        sooner = fork_worker(overrun, transport.client, 0.2)
+        sooner = fork_worker(overrun, link.client, 0.2)
         assert_reaped_in_time(sooner, sooner.receive())
         assert_reaped_in_time(later, later_deadline)
 
@@ -282,27 +202,21 @@ def test_d02_earlier_deadline_overtakes_a_later_one(
 
 
 def test_d03_server_process_outlives_a_reaped_worker(
-    file_transport: Transport, fork_worker: Fork
+    file_link: Link, serve: Serve, fork_worker: Fork
 ) -> None:
     """After a reap the server's process lives on and supervises the next worker."""
-    server = fork_worker(serve, file_transport.make_server, 0.05)
-    assert server.receive() == "started"
+    server = serve(lambda: file_link.server(0.05))
     for _ in range(2):
-        worker = fork_worker(overrun, file_transport.client, 0.2)
+        worker = fork_worker(overrun, file_link.client, 0.2)
         assert_reaped_in_time(worker, worker.receive())
-        assert server.ask("requests")
+        assert server.ask("server._request_count")
     assert is_alive(server)
 
 
-def test_d03_upstreams_way_is_opt_in(fifo_path: str, fork_worker: Fork) -> None:
+def test_d03_upstreams_way_is_opt_in(file_link: Link, serve: Serve, fork_worker: Fork) -> None:
     """With `reap_self=True` the server's process gets the worker's signal after the worker."""
-
-    def make_server(max_interval: float) -> FileTimerServer:
-        return FileTimerServer(fifo_path, "run", max_interval, reap_self=True)
-
-    server = fork_worker(serve, make_server, 0.05)
-    assert server.receive() == "started"
-    worker = fork_worker(overrun, FileTimerClient(fifo_path, signal.SIGTERM), 0.2)
+    server = serve(lambda: file_link.server(0.05, reap_self=True))
+    worker = fork_worker(overrun, FileTimerClient(file_link.path, signal.SIGTERM), 0.2)
     worker.receive()
     assert worker.wait() == -signal.SIGTERM
     assert server.wait() == -signal.SIGTERM
@@ -448,17 +362,17 @@ FORBIDDEN_PIDS: dict[str, Callable[[], int]] = {
 
 @pytest.mark.parametrize("name", FORBIDDEN_PIDS)
 def test_d06_pids_that_are_never_signalled(
-    transport: Transport,
+    link: Link,
     signals_sent: list[tuple[Any, ...]],
     caplog: pytest.LogCaptureFixture,
     name: str,
 ) -> None:
     """Requests in the name of 0, -1, 1, the server or its group: a warning and no signal."""
     pid = FORBIDDEN_PIDS[name]()
-    with running(transport.make_server(0.05)):
-        transport.put(pid, "forbidden", time.time() - 1)
+    with running(link.server(0.05)):
+        link.put(pid, "forbidden", time.time() - 1)
         # Due after it, and allowed: once this one is signalled, the other was dealt with.
-        transport.put(-3, "allowed", time.time() + 0.1)
+        link.put(-3, "allowed", time.time() + 0.1)
         eventually(lambda: (-3, signal.SIGKILL) in signals_sent, timeout=5)
     assert signals_sent == [(-3, signal.SIGKILL)]
     assert [
@@ -473,23 +387,17 @@ def test_d06_pids_that_are_never_signalled(
 
 @pytest.mark.parametrize("name", ["own", "own-group", "zero"])
 def test_d06_server_survives_a_request_in_its_own_name(
-    transport: Transport, fork_worker: Fork, name: str
+    link: Link, serve: Serve, fork_worker: Fork, name: str
 ) -> None:
     """With nothing patched: the server is told to kill itself, and goes on serving."""
-
-    def make_server(max_interval: float) -> Server:
-        # A group of its own: one that shared pytest's would take it along.
-        os.setpgid(0, 0)
-        return transport.make_server(max_interval)
-
-    server = fork_worker(serve, make_server, 0.05)
-    assert server.receive() == "started"
+    # A group of its own: one that shared pytest's would take it along.
+    server = serve(lambda: link.server(0.05), prepare=os.setpgrp)
     target = {"own": server.pid, "own-group": -server.pid, "zero": 0}[name]
-    transport.put(target, "suicide", time.time() - 1)
-    worker = fork_worker(overrun, transport.client, 0.2)
+    link.put(target, "suicide", time.time() - 1)
+    worker = fork_worker(overrun, link.client, 0.2)
     assert_reaped_in_time(worker, worker.receive())
     assert is_alive(server)
-    eventually(lambda: server.ask("timers") == [])
+    eventually(lambda: not server.ask("len(server._timers)"))
 
 
 # D7 ---------------------------------------------------------------------------------------------
@@ -531,28 +439,27 @@ def reuse_pid() -> Iterator[Callable[[int], subprocess.Popen[bytes] | None]]:
 
 
 def test_d07_bystander_with_a_reused_pid_lives(
-    transport: Transport,
+    link: Link,
+    serve: Serve,
     fork_worker: Fork,
     reuse_pid: Callable[[int], subprocess.Popen[bytes] | None],
 ) -> None:
     """A process that got a dead worker's pid while the server could not look is not signalled."""
-    server = fork_worker(serve, transport.make_server, 0.05)
-    assert server.receive() == "started"
+    server = serve(lambda: link.server(0.05))
     bystander = None
     while bystander is None:  # Others on this machine may be given the pid first.
-        os.kill(server.pid, signal.SIGCONT)
-        worker = fork_worker(exit_at_once, transport.client, 0.5)
+        server.go_on()
+        worker = fork_worker(exit_at_once, link.client, 0.5)
         deadline = worker.receive()
-        eventually(functools.partial(registered, server, worker.pid))
+        eventually(functools.partial(server.holds, worker.pid))
         # Stopped, it can see neither the exit nor the new process before the deadline.
-        os.kill(server.pid, signal.SIGSTOP)
-        eventually(lambda: process_state(server.pid) == "T")
+        server.pause()
         worker.send("leave")
         assert worker.wait() == 0
         bystander = reuse_pid(worker.pid)
     eventually(lambda: time.monotonic() > deadline)
-    os.kill(server.pid, signal.SIGCONT)
-    sentinel = fork_worker(overrun, transport.client, 0.2)
+    server.go_on()
+    sentinel = fork_worker(overrun, link.client, 0.2)
     assert_reaped_in_time(sentinel, sentinel.receive())
     assert bystander.poll() is None
 
@@ -598,59 +505,57 @@ def flood_until_error(channel: Any, client: TimerClient) -> None:
         sent += 1
 
 
-def stopped_server(transport: Transport, fork_worker: Fork) -> ForkedWorker:
+def stopped_server(link: Link, serve: Serve) -> ServerProcess:
     """A server that has had its first request and was then stopped by a signal."""
-    server = fork_worker(serve, transport.make_server, 5)
-    assert server.receive() == "started"
-    transport.client.acquire("first", time.time() + FAR)
-    eventually(lambda: server.ask("requests") == 1)
-    os.kill(server.pid, signal.SIGSTOP)
-    eventually(lambda: process_state(server.pid) == "T")
+    server = serve(lambda: link.server(5))
+    link.client.acquire("first", time.time() + FAR)
+    eventually(lambda: server.ask("server._request_count") == 1)
+    server.pause()
     return server
 
 
 def test_d08_client_waits_for_a_full_pipe_then_raises(
-    file_transport: Transport, fork_worker: Fork
+    file_link: Link, serve: Serve, fork_worker: Fork
 ) -> None:
     """With the server stopped a client waits for a second or so; what it sent is not lost."""
-    server = stopped_server(file_transport, fork_worker)
-    worker = fork_worker(flood_until_error, file_transport.client)
+    server = stopped_server(file_link, serve)
+    worker = fork_worker(flood_until_error, file_link.client)
     sent, error, waited = worker.receive()
     assert sent > 0
     assert error is BrokenPipeError
     assert 0.5 < waited < 5
-    os.kill(server.pid, signal.SIGCONT)
-    eventually(lambda: server.ask("requests") >= 1 + sent)
-    assert server.ask("requests") == 1 + sent
+    server.go_on()
+    eventually(lambda: server.ask("server._request_count") >= 1 + sent)
+    assert server.ask("server._request_count") == 1 + sent
 
 
-def test_d08_full_pipe_only_delays_the_client(file_transport: Transport, fork_worker: Fork) -> None:
+def test_d08_full_pipe_only_delays_the_client(
+    file_link: Link, serve: Serve, fork_worker: Fork
+) -> None:
     """A server that goes on reading within the second gets the request that had to wait."""
-    server = stopped_server(file_transport, fork_worker)
-    filler = fork_worker(flood_until_error, file_transport.client)
+    server = stopped_server(file_link, serve)
+    filler = fork_worker(flood_until_error, file_link.client)
     sent, _, _ = filler.receive()
     assert sent > 0
-    late = fork_worker(flood, file_transport.client, 1)
+    late = fork_worker(flood, file_link.client, 1)
     # Sleeping within its first request: it has found the pipe full.
     eventually(lambda: process_state(late.pid) == "S")
-    os.kill(server.pid, signal.SIGCONT)
+    server.go_on()
     assert late.receive() == 1
-    eventually(lambda: server.ask("requests") == 1 + sent + 2)
+    eventually(lambda: server.ask("server._request_count") == 1 + sent + 2)
 
 
 # D9 ---------------------------------------------------------------------------------------------
 
 
-def test_d09_stop_returns_at_once_with_the_thread_gone(
-    transport: Transport, fork_worker: Fork
-) -> None:
+def test_d09_stop_returns_at_once_with_the_thread_gone(link: Link, fork_worker: Fork) -> None:
     """`stop()` does not wait for `max_interval`, idle or with timers, and leaves no thread."""
     before = set(threading.enumerate())
-    server = transport.make_server(4)
+    server = link.server(4)
     for is_idle in (True, False):
         server.start()
         if not is_idle:
-            worker = fork_worker(overrun, transport.client, 60)
+            worker = fork_worker(overrun, link.client, 60)
             worker.receive()
             eventually(lambda: server._timers)
         started = time.monotonic()
@@ -660,23 +565,23 @@ def test_d09_stop_returns_at_once_with_the_thread_gone(
     assert is_alive(worker)
 
 
-def test_d09_server_can_be_started_again(transport: Transport, fork_worker: Fork) -> None:
+def test_d09_server_can_be_started_again(link: Link, fork_worker: Fork) -> None:
     """Start, stop, start: the second time it supervises as well as the first."""
-    server = transport.make_server(1)
+    server = link.server(1)
     with running(server):
         pass
     with running(server):
-        worker = fork_worker(overrun, transport.client, 0.3)
+        worker = fork_worker(overrun, link.client, 0.3)
         assert_reaped_in_time(worker, worker.receive())
 
 
-def test_d09_server_is_a_context_manager(transport: Transport, fork_worker: Fork) -> None:
+def test_d09_server_is_a_context_manager(link: Link, fork_worker: Fork) -> None:
     """`with` starts the server and stops it, also where the body raises."""
     before = set(threading.enumerate())
-    server = transport.make_server(1)
+    server = link.server(1)
     with contextlib.suppress(LookupError), server as entered:
         assert entered is server
-        worker = fork_worker(overrun, transport.client, 0.3)
+        worker = fork_worker(overrun, link.client, 0.3)
         assert_reaped_in_time(worker, worker.receive())
         raise LookupError
     assert not set(threading.enumerate()) - before
@@ -685,30 +590,28 @@ def test_d09_server_is_a_context_manager(transport: Transport, fork_worker: Fork
 # D10 --------------------------------------------------------------------------------------------
 
 
-def test_d10_step_forward_kills_nobody(transport: Transport, fork_worker: Fork) -> None:
+def test_d10_step_forward_kills_nobody(link: Link, serve: Serve, fork_worker: Fork) -> None:
     """An hour's step of the wall clock leaves a worker alone that has a minute left."""
-    server = fork_worker(serve, transport.make_server, 0.05)
-    assert server.receive() == "started"
-    patient = fork_worker(overrun, transport.client, 60)
+    server = serve(lambda: link.server(0.05))
+    patient = fork_worker(overrun, link.client, 60)
     patient.receive()
-    eventually(lambda: registered(server, patient.pid))
-    server.ask(3600)
+    eventually(lambda: server.holds(patient.pid))
+    server.ask("step(3600)", step=step_clock)
     # On the stepped clock this one is due 0.3 s after the step; it shows that rounds were run.
-    sentinel = fork_worker(overrun, transport.client, 3600.3)
+    sentinel = fork_worker(overrun, link.client, 3600.3)
     deadline = sentinel.receive() - 3600
     assert_reaped_in_time(sentinel, deadline)
     assert is_alive(patient)
-    assert registered(server, patient.pid)
+    assert server.holds(patient.pid)
 
 
-def test_d10_step_back_immortalises_nobody(transport: Transport, fork_worker: Fork) -> None:
+def test_d10_step_back_immortalises_nobody(link: Link, serve: Serve, fork_worker: Fork) -> None:
     """A timer registered before the clock was set back by an hour is kept to the second."""
-    server = fork_worker(serve, transport.make_server, 0.05)
-    assert server.receive() == "started"
-    worker = fork_worker(overrun, transport.client, 0.6)
+    server = serve(lambda: link.server(0.05))
+    worker = fork_worker(overrun, link.client, 0.6)
     deadline = worker.receive()
-    eventually(lambda: registered(server, worker.pid))
-    server.ask(-3600)
+    eventually(lambda: server.holds(worker.pid))
+    server.ask("step(-3600)", step=step_clock)
     assert_reaped_in_time(worker, deadline)
 
 
@@ -725,12 +628,10 @@ def hold_the_gil(channel: Any, client: TimerClient, after: float) -> None:
         sleep(600)
 
 
-def test_d11_worker_that_holds_the_gil_is_reaped(
-    queue_transport: Transport, fork_worker: Fork
-) -> None:
+def test_d11_worker_that_holds_the_gil_is_reaped(queue_link: Link, fork_worker: Fork) -> None:
     """The request of a worker whose threads never run again has reached the server."""
-    with running(queue_transport.make_server(1)):
-        worker = fork_worker(hold_the_gil, queue_transport.client, 0.4)
+    with running(queue_link.server(1)):
+        worker = fork_worker(hold_the_gil, queue_link.client, 0.4)
         assert_reaped_in_time(worker, worker.receive())
 
 
@@ -945,19 +846,17 @@ def test_d14_debug_hook_that_raises_prevents_nothing(
 
 
 def test_d15_forked_child_does_not_keep_the_fifo_open(
-    file_transport: Transport, fork_worker: Fork
+    file_link: Link, serve: Serve, fork_worker: Fork
 ) -> None:
     """With the server dead a client gets BrokenPipeError, though a child of the server lives on."""
-    server = fork_worker(serve, file_transport.make_server, 0.05)
-    assert server.receive() == "started"
-    file_transport.client.acquire("first", time.time() + FAR)
-    eventually(lambda: server.ask("requests") == 1)
-    orphan = server.ask("fork")
+    server = serve(lambda: file_link.server(0.05))
+    file_link.client.acquire("first", time.time() + FAR)
+    eventually(lambda: server.ask("server._request_count") == 1)
+    orphan = server.ask("fork()", fork=fork_and_live_on)
     try:
-        server.process.kill()
-        assert server.wait() == -signal.SIGKILL
+        server.kill()
         with pytest.raises(BrokenPipeError):
-            file_transport.client.acquire("into the void", time.time() + FAR)
+            file_link.client.acquire("into the void", time.time() + FAR)
         assert is_alive(orphan)
     finally:
         os.kill(orphan, signal.SIGKILL)
@@ -967,18 +866,16 @@ def test_d15_forked_child_does_not_keep_the_fifo_open(
 # D16 --------------------------------------------------------------------------------------------
 
 
-def test_d16_request_of_a_reaped_worker_is_dropped(
-    file_transport: Transport, fork_worker: Fork
-) -> None:
+def test_d16_request_of_a_reaped_worker_is_dropped(file_link: Link, fork_worker: Fork) -> None:
     """A request that arrives from a worker already reaped (still a zombie here) is no timer."""
     events: list[tuple[str, Any]] = []
-    server = file_transport.make_server(0.05)
+    server = file_link.server(0.05)
     server._log_event = lambda name, request: events.append((name, request))
     with running(server):
-        worker = fork_worker(overrun, file_transport.client, 0.2)
+        worker = fork_worker(overrun, file_link.client, 0.2)
         wait_dead(worker, 5 + worker.receive() - time.monotonic())
         count = server._request_count
-        file_transport.put(worker.pid, "late", time.time() + FAR)
+        file_link.put(worker.pid, "late", time.time() + FAR)
         eventually(lambda: server._request_count == count + 1)
         eventually(lambda: not server._timers, timeout=5)
 
@@ -1006,16 +903,14 @@ def test_d16_request_of_a_worker_about_to_die_is_dropped(
         assert list(server._timers) == [(os.getpid(), "late")]
 
 
-def test_d16_request_of_a_worker_long_gone_is_dropped(
-    queue_transport: Transport, fork_worker: Fork
-) -> None:
+def test_d16_request_of_a_worker_long_gone_is_dropped(queue_link: Link, fork_worker: Fork) -> None:
     """A request from a worker that has exited is no timer."""
-    gone = fork_worker(flood, queue_transport.client, 0)
+    gone = fork_worker(flood, queue_link.client, 0)
     gone.receive()
     assert gone.wait() == 0
-    with running(queue_transport.make_server(0.05)) as server:
-        queue_transport.put(gone.pid, "late", time.time() + FAR)
-        queue_transport.put(os.getpid(), "marker", time.time() + FAR)
+    with running(queue_link.server(0.05)) as server:
+        queue_link.put(gone.pid, "late", time.time() + FAR)
+        queue_link.put(os.getpid(), "marker", time.time() + FAR)
         eventually(lambda: (os.getpid(), "marker") in server._timers)
         eventually(lambda: list(server._timers) == [(os.getpid(), "marker")], timeout=5)
 
@@ -1114,12 +1009,10 @@ def overrun_in_one_of_two_threads(channel: Any, client: TimerClient, after: floa
     time.sleep(FAR)
 
 
-def test_d18_thread_that_leaves_does_not_disarm_another(
-    transport: Transport, fork_worker: Fork
-) -> None:
+def test_d18_thread_that_leaves_does_not_disarm_another(link: Link, fork_worker: Fork) -> None:
     """Of two threads in one unnamed block one leaves, the other hangs: the worker is reaped."""
-    with running(transport.make_server(0.05)):
-        worker = fork_worker(overrun_in_one_of_two_threads, transport.client, 0.3)
+    with running(link.server(0.05)):
+        worker = fork_worker(overrun_in_one_of_two_threads, link.client, 0.3)
         assert_reaped_in_time(worker, worker.receive())
 
 
@@ -1139,12 +1032,10 @@ def overrun_in_one_of_two_tasks(channel: Any, client: TimerClient, after: float)
     asyncio.run(main())
 
 
-def test_d18_task_that_leaves_does_not_disarm_another(
-    transport: Transport, fork_worker: Fork
-) -> None:
+def test_d18_task_that_leaves_does_not_disarm_another(link: Link, fork_worker: Fork) -> None:
     """Of two tasks in one unnamed block one leaves, the other hangs: the worker is reaped."""
-    with running(transport.make_server(0.05)):
-        worker = fork_worker(overrun_in_one_of_two_tasks, transport.client, 0.3)
+    with running(link.server(0.05)):
+        worker = fork_worker(overrun_in_one_of_two_tasks, link.client, 0.3)
         assert_reaped_in_time(worker, worker.receive())
 
 

@@ -27,7 +27,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 import elastic_timer
-from tests.support import REPOSITORY, Child
+from tests.support import REPOSITORY, Spawn
 
 DOCS = REPOSITORY / "docs"
 PAGES = {
@@ -92,7 +92,7 @@ BLOCKS = {page: list(blocks_of(page)) for page in PAGES}
 
 
 @pytest.fixture
-def run(spawn: Callable[..., Child], tmp_path: Path) -> Callable[..., str]:
+def run(spawn: Spawn, tmp_path: Path) -> Callable[..., str]:
     """`run(command, ..., **popen_kwargs)`: what a command prints; it has to exit with 0.
 
     It runs in the folder `work`, with the `python` and the `elastic-timer` of these tests.
@@ -214,7 +214,7 @@ def test_first_page_is_the_readme() -> None:
     not all(map(importlib.util.find_spec, ("sphinx", "myst_parser", "furo"))),
     reason="needs sphinx, myst-parser and furo: the dependency group docs",
 )
-def test_builds_without_a_warning(spawn: Callable[..., Child], tmp_path: Path) -> None:
+def test_builds_without_a_warning(spawn: Spawn, tmp_path: Path) -> None:
     """Sphinx has nothing to complain of, and what it made links to nothing that is not there."""
     built = tmp_path / "html"
     child = spawn(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import multiprocessing
 import os
 import pickle
 import select
@@ -407,15 +406,6 @@ def with_pid(sent: Frame, pids: Mapping[int, int]) -> Frame:
     )
     request = sent.request._replace(pid=pids[sent.request.pid])
     return Frame(sent.pickled.replace(stand_in, pid), request)
-
-
-@pytest.fixture
-def mp_queue() -> Iterator[Any]:
-    """A queue whose pipe this test alone writes to."""
-    queue: Any = multiprocessing.get_context("fork").Queue()
-    yield queue
-    queue.close()
-    queue._writer.close()
 
 
 @examples(60)

@@ -28,7 +28,7 @@ from elastic_timer import (
 )
 from tests.support import (
     FAR,
-    ForkedWorker,
+    Fork,
     assert_reaped_in_time,
     eventually,
     is_alive,
@@ -36,16 +36,12 @@ from tests.support import (
     running,
 )
 
-# Forking while a watchdog thread runs is what servers are for; Python warns of it since 3.12.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-Fork = Callable[..., ForkedWorker]
 FORK: Any = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
 def mp_queue() -> Any:
-    """A queue as most users have it."""
+    """A queue as most users have it; its own thread may still be writing when a test ends."""
     return FORK.Queue()
 
 

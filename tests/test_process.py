@@ -22,12 +22,7 @@ from elastic_timer._server.process import (
     refusal,
     state_of,
 )
-from tests.support import ForkedWorker, eventually, is_alive, no_more_descriptors, wait_dead
-
-# Forking beside other threads is what servers live with; Python warns of it since 3.12.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-Fork = Callable[..., ForkedWorker]
+from tests.support import Fork, ForkedWorker, eventually, is_alive, no_more_descriptors, wait_dead
 
 HAS_PIDFD = hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal")
 HAS_PROC = os.path.exists("/proc/self/stat")
@@ -124,24 +119,30 @@ def test_number_given_to_another_process(
     assert is_alive(worker)
 
 
-@pytest.mark.skipif(not HAS_PIDFD, reason="no pidfd on this system")
-def test_thread_is_no_process() -> None:
-    """A thread's number is none of a process, though kill(2) would take it."""
-    ids: list[int] = []
+@contextlib.contextmanager
+def other_thread() -> Iterator[int]:
+    """The number that the system gave to a thread of this process, which runs meanwhile."""
+    numbers: list[int] = []
     done = threading.Event()
 
     def tell() -> None:
-        ids.append(threading.get_native_id())
+        numbers.append(threading.get_native_id())
         done.wait()
 
     thread = threading.Thread(target=tell)
     thread.start()
     try:
-        with pytest.raises(ProcessLookupError):
-            ProcessHandle(eventually(lambda: ids)[0])
+        yield eventually(lambda: numbers)[0]
     finally:
         done.set()
         thread.join()
+
+
+@pytest.mark.skipif(not HAS_PIDFD, reason="no pidfd on this system")
+def test_thread_is_no_process() -> None:
+    """A thread's number is none of a process, though kill(2) would take it."""
+    with other_thread() as number, pytest.raises(ProcessLookupError):
+        ProcessHandle(number)
 
 
 def lead_a_group(channel: Any) -> None:
@@ -348,20 +349,8 @@ def test_others_are_not_refused(worker: ForkedWorker) -> None:
 @pytest.mark.skipif(not HAS_PROC, reason="no /proc on this system")
 def test_thread_of_the_server_is_refused() -> None:
     """kill(2) on a thread's number hits all of its process."""
-    numbers: list[int] = []
-    done = threading.Event()
-
-    def tell() -> None:
-        numbers.append(threading.get_native_id())
-        done.wait()
-
-    thread = threading.Thread(target=tell)
-    thread.start()
-    try:
-        reason = refusal(eventually(lambda: numbers)[0])
-    finally:
-        done.set()
-        thread.join()
+    with other_thread() as number:
+        reason = refusal(number)
     assert reason == "it is a thread of the server's own process"
 
 

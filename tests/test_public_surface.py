@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pytest
 
 import elastic_timer
-from tests.support import Child
+from tests.support import Spawn
 
 PACKAGE = Path(elastic_timer.__file__).parent
 MODULES = [
@@ -164,7 +164,7 @@ TAKEN_AWAY = {
 
 
 @pytest.mark.parametrize("capability", TAKEN_AWAY)
-def test_imports_without(spawn: Callable[..., Child], tmp_path: Path, capability: str) -> None:
+def test_imports_without(spawn: Spawn, tmp_path: Path, capability: str) -> None:
     """Where the system lacks something every module can be imported, and `expires` works.
 
     Without FIFOs `FileTimerServer` says what to take in its place.
@@ -221,4 +221,24 @@ def test_names_that_are_loaded_when_asked_for_are_listed() -> None:
     assert set(elastic_timer.__all__) <= set(dir(elastic_timer))
     assert dir(elastic_timer) == sorted(set(dir(elastic_timer)))
     with pytest.raises(AttributeError, match="no attribute 'LocalTimerSever'"):
-        _ = elastic_timer.LocalTimerSever
+        _ = elastic_timer.LocalTimerSever  # type: ignore[attr-defined]
+
+
+def test_library_configures_no_logging(spawn: Spawn) -> None:
+    """Importing sets no level and no handler anywhere."""
+    child = spawn(
+        """
+        import logging
+        import elastic_timer
+        from elastic_timer import api, file_based_local_timer, local_timer
+        loggers = [logging.getLogger()] + [
+            logger for logger in logging.Logger.manager.loggerDict.values()
+            if isinstance(logger, logging.Logger) and logger.name.startswith("elastic_timer")
+        ]
+        assert len(loggers) > 3
+        assert all(not logger.handlers for logger in loggers)
+        assert all(logger.level == 0 for logger in loggers[1:])
+        print("fine", flush=True)
+        """
+    )
+    assert child.readline() == "fine"

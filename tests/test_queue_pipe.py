@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import struct
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from elastic_timer import LocalTimerClient, MultiprocessingRequestQueue, TimerRequest
 from elastic_timer._transport import queue_pipe as _queue_pipe
+from elastic_timer._transport.pipe import has_room
 from tests.support import FAR, no_more_descriptors
-
-
-@pytest.fixture
-def mp_queue() -> Iterator[Any]:
-    """A queue whose pipe is closed with it."""
-    queue: Any = multiprocessing.get_context("fork").Queue()
-    yield queue
-    queue.close()
-    queue._writer.close()
 
 
 def scopes(requests: list[TimerRequest]) -> list[str]:
@@ -105,17 +96,16 @@ def test_full_pipe_that_could_block_only_delays(
 ) -> None:
     """A client that waits for room there sends its request when the queue is read again."""
     waiting = threading.Event()
-    real_has_room = _queue_pipe.has_room
 
-    def has_room(fd: int, timeout: float) -> bool:
+    def noted_has_room(fd: int, timeout: float) -> bool:
         if timeout > 0:
             waiting.set()
-        return real_has_room(fd, timeout)
+        return has_room(fd, timeout)
 
     client = LocalTimerClient(mp_queue)
     with no_more_descriptors():
         sent, _ = fill(client)
-        monkeypatch.setattr(_queue_pipe, "has_room", has_room)
+        monkeypatch.setattr(_queue_pipe, "has_room", noted_has_room)
         late = threading.Thread(target=client.acquire, args=("late", time.time() + FAR))
         late.start()
         try:

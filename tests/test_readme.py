@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.support import REPOSITORY, Child
+from tests.support import REPOSITORY, Spawn
 
 README = (REPOSITORY / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -16,7 +15,7 @@ SNIPPETS = [text for language, text in BLOCKS if language == "python"]
 
 
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
-def test_snippet_runs(spawn: Callable[..., Child], tmp_path: Path, number: int) -> None:
+def test_snippet_runs(spawn: Spawn, tmp_path: Path, number: int) -> None:
     """Pasted into a file and run as it stands, below a server for those that need one."""
     script = tmp_path / "snippet.py"
     script.write_text(SNIPPETS[number])

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,10 +15,10 @@ from elastic_timer import FileTimerClient, FileTimerRequest, FileTimerServer
 from elastic_timer._server import server as _server
 from elastic_timer._server.process import ProcessHandle
 from elastic_timer.debug_info_logging import add_debug_info_handler, remove_debug_info_handler
-from tests.faults.support import Link
+from tests.servers import Link
 from tests.support import (
     FAR,
-    ForkedWorker,
+    Fork,
     assert_reaped_in_time,
     eventually,
     is_alive,
@@ -28,17 +26,6 @@ from tests.support import (
     running,
     wait_dead,
 )
-
-# Forking while a watchdog thread runs is what servers are for; Python warns of it since 3.12.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-Fork = Callable[..., ForkedWorker]
-
-
-@pytest.fixture
-def client(fifo_path: str) -> FileTimerClient:
-    """A client that asks for SIGKILL."""
-    return FileTimerClient(fifo_path)
 
 
 def wait_to_be_killed(channel: Any) -> None:
@@ -120,10 +107,9 @@ def test_hook_may_name_a_worker_that_never_asked(fifo_path: str, fork_worker: Fo
 # Requests that arrive during a round -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["file", "queue"])
-def test_overdue_timer_from_another_thread(kind: str, fifo_path: str, fork_worker: Fork) -> None:
+def test_overdue_timer_from_another_thread(link: Link, fork_worker: Fork) -> None:
     """Registered while the server waits, it is looked at now, not at the end of the wait."""
-    with contextlib.closing(Link(kind, fifo_path)) as link, running(link.server(60)) as server:
+    with running(link.server(60)) as server:
         for _ in range(3):
             worker = fork_worker(wait_to_be_killed)
             overdue = time.time() - 1

@@ -22,18 +22,14 @@ from elastic_timer import RequestQueue, TimerRequest, TimerServer
 from elastic_timer.local_timer import MultiprocessingRequestQueue
 from tests.support import (
     ALLOWED_LATENESS,
-    ForkedWorker,
+    Fork,
     assert_reaped_in_time,
     eventually,
     overrun,
+    running,
 )
 
-# Forking while a watchdog thread runs is what servers are for; Python warns of it since 3.12.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
 INTERVAL = 0.01
-
-Fork = Callable[..., ForkedWorker]
 
 
 # The base class ---------------------------------------------------------------------------------
@@ -95,11 +91,10 @@ def client(request: pytest.FixtureRequest, fifo_path: str) -> Iterator[timer.Tim
         queue: Any = multiprocessing.get_context("spawn").Queue()
         server = timer.LocalTimerServer(queue, INTERVAL)
         made = timer.LocalTimerClient(queue)
-    server.start()
-    # Upstream's tests start some servers twice.
-    server.start()
-    yield made
-    server.stop()
+    with running(server):
+        # Upstream's tests start some servers twice.
+        server.start()
+        yield made
 
 
 def test_exception_of_a_block_propagates(client: timer.TimerClient) -> None:
@@ -183,16 +178,14 @@ def test_stuck_and_happy_workers_of_every_start_method(method: str) -> None:
     """Of two workers exactly the stuck one dies, with -9; the other exits with 0."""
     context: Any = multiprocessing.get_context(method)
     queue = context.Queue()
-    server = timer.LocalTimerServer(queue, max_interval=INTERVAL)
-    server.start()
     client = timer.LocalTimerClient(queue)
     plans = [(0.2, 60.0), (60.0, 0.05)]
     processes = [context.Process(target=enter_block, args=(client, *plan)) for plan in plans]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    server.stop()
+    with running(timer.LocalTimerServer(queue, max_interval=INTERVAL)):
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
     assert [process.exitcode for process in processes] == [-signal.SIGKILL, 0]
     if method == "forkserver":
         stop_fork_server()

@@ -8,7 +8,6 @@ import selectors
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import Mock
 
@@ -16,11 +15,12 @@ import pytest
 
 from elastic_timer import FileTimerClient, FileTimerServer, LocalTimerServer, TimerClient
 from elastic_timer._server.loop import Loop
-from tests.faults.support import Link, use_up_descriptors
+from tests.faults.support import use_up_descriptors
+from tests.servers import Link
 from tests.support import (
     FAR,
-    Child,
-    ForkedWorker,
+    Fork,
+    Spawn,
     assert_reaped_in_time,
     eventually,
     no_more_threads,
@@ -28,19 +28,6 @@ from tests.support import (
     overrun,
     running,
 )
-
-# Forking while a watchdog thread runs is what servers are for; Python warns of it since 3.12.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-Fork = Callable[..., ForkedWorker]
-Spawn = Callable[..., Child]
-
-
-@pytest.fixture(params=["file", "queue"])
-def link(request: pytest.FixtureRequest, fifo_path: str) -> Iterator[Link]:
-    """Both ways from a worker to a server in turn."""
-    with contextlib.closing(Link(request.param, fifo_path)) as made:
-        yield made
 
 
 def assert_serves(server: Any, client: TimerClient, fork_worker: Fork) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import select
 import signal
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from elastic_timer._transport import wire as _wire
-from elastic_timer._transport.wire import PIPE_BUF, Fields, LineBuffer, decode, encode
+from elastic_timer._transport.pipe import PIPE_BUF
+from elastic_timer._transport.wire import Fields, LineBuffer, decode, encode
 
 PIDS = st.integers(-(2**31) + 1, 2**31 - 1)
 SIGNALS = st.integers(-70, int(signal.NSIG) - 1)
@@ -247,6 +248,4 @@ def test_rubbish_without_end_is_bounded() -> None:
 
 def test_pipe_buf_is_the_systems() -> None:
     """The limit of an atomic write is what the system says, at least what POSIX promises."""
-    import select
-
-    assert _wire.PIPE_BUF == select.PIPE_BUF >= 512
+    assert PIPE_BUF == select.PIPE_BUF >= 512

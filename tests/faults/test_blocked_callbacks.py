@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 
@@ -14,9 +14,10 @@ from elastic_timer.debug_info_logging import (
     remove_debug_info_handler,
     stacks_timeout,
 )
-from tests.faults.support import Link
+from tests.servers import Link
 from tests.support import (
     ALLOWED_LATENESS,
+    Fork,
     ForkedWorker,
     assert_reaped_in_time,
     eventually,
@@ -24,11 +25,6 @@ from tests.support import (
     running,
     wait_dead,
 )
-
-# Forking while a watchdog thread runs is what servers are for; Python warns of it since 3.12.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-Fork = Callable[..., ForkedWorker]
 
 BLOCKED = 10.0
 """How long a callback blocks unless the test is done with it before."""

@@ -14,13 +14,15 @@ import pytest
 
 from elastic_timer._server.callbacks import _MOST_RECORDS_KEPT, ROUND_ALLOWANCE, contained_logger
 from elastic_timer.debug_info_logging import stacks_timeout
-from tests.faults.support import Link, ServerProcess
-from tests.support import ALLOWED_LATENESS, ForkedWorker, eventually, overrun, running, wait_dead
-
-# Forking while a watchdog thread runs is what servers are for; Python warns of it since 3.12.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-Fork = Callable[..., ForkedWorker]
+from tests.servers import Link, ServerProcess
+from tests.support import (
+    ALLOWED_LATENESS,
+    Fork,
+    eventually,
+    overrun,
+    running,
+    wait_dead,
+)
 
 
 def log_to_a_full_pipe() -> None:
@@ -134,8 +136,13 @@ def test_records_come_when_the_log_takes_them(file_link: Link, blocked: Blocked)
         assert (__file__.rpartition("/")[2], "test_records_come_when_the_log_takes_them") in (
             blocked.places
         )
+
+        def waited_for() -> bool:
+            logger.warning("the last")
+            return blocked.texts[-1] == "the last"
+
         # And from then on it is waited for again.
-        eventually(lambda: logger.warning("the last") or blocked.texts[-1] == "the last")
+        eventually(waited_for)
 
 
 def test_level_of_the_named_logger_counts(blocked: Blocked) -> None:

@@ -9,11 +9,8 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.faults.support import Link, ServerProcess
-from tests.support import ForkedWorker, assert_reaped_in_time, eventually, is_alive, overrun
-
-Fork = Callable[..., ForkedWorker]
-Serve = Callable[..., ServerProcess]
+from tests.servers import Link, Serve
+from tests.support import Fork, assert_reaped_in_time, eventually, is_alive, overrun
 
 HOUR = 3600.0
 

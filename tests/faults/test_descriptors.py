@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from elastic_timer import TimerClient, expires
-from tests.faults.support import Link, ServerProcess, deaths, use_up_descriptors
+from tests.faults.support import deaths, use_up_descriptors
+from tests.servers import Link, ServerProcess
 from tests.support import (
     ALLOWED_LATENESS,
     FAR,
-    ForkedWorker,
+    Fork,
     assert_reaped_in_time,
     eventually,
     is_alive,
@@ -36,7 +37,7 @@ def limit_descriptors() -> None:
 def test_more_workers_than_descriptors(
     link: Link,
     serve: Callable[..., ServerProcess],
-    fork_worker: Callable[..., ForkedWorker],
+    fork_worker: Fork,
     bystanders: Callable[[int], list[int]],
 ) -> None:
     """With 64 descriptors for 200 workers those who overrun are killed in time, no other is."""
@@ -88,9 +89,7 @@ def start_without_descriptors(channel: Any, link: Link, left: int) -> None:
 
 
 @pytest.mark.parametrize("left", range(6))
-def test_server_that_starts_without_descriptors(
-    link: Link, fork_worker: Callable[..., ForkedWorker], left: int
-) -> None:
+def test_server_that_starts_without_descriptors(link: Link, fork_worker: Fork, left: int) -> None:
     """`start()` raises, or the server works once it has descriptors: it is never a silent one."""
     server = fork_worker(start_without_descriptors, link, left)
     problem = server.receive()
@@ -118,9 +117,7 @@ def enter_without_descriptors(channel: Any, client: TimerClient, soon: bool) -> 
 
 
 @pytest.mark.parametrize("soon", [True, False])
-def test_worker_without_descriptors(
-    file_link: Link, fork_worker: Callable[..., ForkedWorker], soon: bool
-) -> None:
+def test_worker_without_descriptors(file_link: Link, fork_worker: Fork, soon: bool) -> None:
     """A worker that has none waits about a second for one, then is told what it lacks."""
     with file_link.server():
         worker = fork_worker(enter_without_descriptors, file_link.client, soon)

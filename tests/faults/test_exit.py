@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
 
 import pytest
 
-from tests.faults.support import Link
-from tests.support import Child, ForkedWorker, assert_reaped_in_time, overrun
-
-# Forking while a watchdog thread runs is what servers are for; Python warns of it since 3.12.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-Spawn = Callable[..., Child]
+from tests.servers import Link
+from tests.support import Fork, Spawn, assert_reaped_in_time, overrun
 
 START_FILE = """
     import os, sys, threading, time
@@ -64,9 +58,7 @@ def test_exit_with_a_server_running(
     assert not os.path.exists(fifo_path)
 
 
-def test_exit_while_a_callback_blocks(
-    spawn: Spawn, file_link: Link, fork_worker: Callable[..., ForkedWorker]
-) -> None:
+def test_exit_while_a_callback_blocks(spawn: Spawn, file_link: Link, fork_worker: Fork) -> None:
     """A callback that never returns holds up the exit for a moment only."""
     child = spawn(
         """
@@ -92,7 +84,7 @@ def test_exit_while_a_callback_blocks(
 
 
 def test_server_that_is_no_daemon_outlives_the_script(
-    spawn: Spawn, file_link: Link, fork_worker: Callable[..., ForkedWorker]
+    spawn: Spawn, file_link: Link, fork_worker: Fork
 ) -> None:
     """With daemon=False the interpreter does not exit, and the server goes on."""
     child = spawn(
@@ -111,7 +103,7 @@ def test_server_that_is_no_daemon_outlives_the_script(
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_next_server_replaces_what_a_killed_one_left(
-    spawn: Spawn, file_link: Link, fork_worker: Callable[..., ForkedWorker], how: signal.Signals
+    spawn: Spawn, file_link: Link, fork_worker: Fork, how: signal.Signals
 ) -> None:
     """Python ends without a word on SIGTERM, too: the FIFO is left, and the next server's."""
     child = spawn(START_FILE + WORK + "    time.sleep(600)", file_link.path)

@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.support import Link, ServerProcess, use_up_descriptors
-from tests.support import FAR, ForkedWorker, assert_reaped_in_time, eventually, overrun
-
-Fork = Callable[..., ForkedWorker]
-Serve = Callable[..., ServerProcess]
+from tests.faults.support import use_up_descriptors
+from tests.servers import Link, Serve, ServerProcess
+from tests.support import FAR, Fork, assert_reaped_in_time, eventually, overrun
 
 
 def records(server: ServerProcess, level: str) -> list[str]:

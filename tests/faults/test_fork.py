@@ -7,26 +7,17 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
 from typing import Any
 
-import pytest
-
 from elastic_timer import FileTimerServer, TimerClient, expires
-from tests.faults.support import Link, Server, ServerProcess
+from tests.servers import Link, Serve, Server
 from tests.support import (
     FAR,
-    ForkedWorker,
+    Fork,
     assert_reaped_in_time,
     eventually,
     overrun,
 )
-
-# Forking while other threads run is what is under test; Python warns of it since 3.12.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-Fork = Callable[..., ForkedWorker]
-Serve = Callable[..., ServerProcess]
 
 CHILDREN = 50
 

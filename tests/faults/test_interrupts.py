@@ -11,11 +11,8 @@ from typing import Any
 import pytest
 
 from elastic_timer import TimerClient, expires
-from tests.faults.support import Link, ServerProcess
-from tests.support import FAR, ForkedWorker, assert_reaped_in_time, eventually, overrun
-
-Fork = Callable[..., ForkedWorker]
-Serve = Callable[..., ServerProcess]
+from tests.servers import Link, Serve
+from tests.support import FAR, Fork, assert_reaped_in_time, eventually, overrun
 
 PAIRS = 1000
 INTERVAL = 0.001

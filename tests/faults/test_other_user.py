@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from elastic_timer import TimerClient, expires
-from tests.faults.support import Link, ServerProcess
+from tests.servers import Link, ServerProcess
 from tests.support import (
     ALLOWED_LATENESS,
     FAR,
-    ForkedWorker,
+    Fork,
     assert_reaped_in_time,
     eventually,
     is_alive,
@@ -67,7 +67,7 @@ def overrun_as_nobody(channel: Any, client: TimerClient, after: float) -> None:
 def test_worker_that_may_not_be_signalled_yet(
     nobodys_link: Link,
     serve: Callable[..., ServerProcess],
-    fork_worker: Callable[..., ForkedWorker],
+    fork_worker: Fork,
 ) -> None:
     """EPERM is logged and the reap tried again, until the worker may be signalled."""
     server = serve(nobodys_link.server, become_nobody)
@@ -87,7 +87,7 @@ def test_worker_that_may_not_be_signalled_yet(
 def test_worker_that_gave_up_its_rights(
     nobodys_link: Link,
     serve: Callable[..., ServerProcess],
-    fork_worker: Callable[..., ForkedWorker],
+    fork_worker: Fork,
 ) -> None:
     """Root's server reaps a worker that became another user before its first block."""
     server = serve(nobodys_link.server)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.support import Link, ServerProcess
+from tests.servers import Link, ServerProcess
 from tests.rivals import (
     assert_nobody_can_meddle,
     assert_one_of_two_starts_wins,

@@ -14,20 +14,18 @@ from typing import Any
 import pytest
 
 from elastic_timer import FileTimerServer, TimerClient
-from tests.faults.support import Link, ServerProcess, use_up_descriptors
+from tests.faults.support import use_up_descriptors
+from tests.servers import Link, Serve
 from tests.support import (
     FAR,
     LAST_PID,
-    ForkedWorker,
+    Fork,
     assert_reaped_in_time,
     eventually,
     is_alive,
     overrun,
     start_with_pid,
 )
-
-Fork = Callable[..., ForkedWorker]
-Serve = Callable[..., ServerProcess]
 
 
 def without_pidfd() -> None:

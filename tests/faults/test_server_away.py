@@ -5,25 +5,21 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from elastic_timer import FileTimerServer, TimerClient, expires
-from tests.faults.support import Link, ServerProcess
+from tests.servers import Link, Serve
 from tests.support import (
     ALLOWED_LATENESS,
     FAR,
-    ForkedWorker,
+    Fork,
     assert_reaped_in_time,
     eventually,
     overrun,
     wait_dead,
 )
-
-Fork = Callable[..., ForkedWorker]
-Serve = Callable[..., ServerProcess]
 
 
 def send_pairs(channel: Any, client: TimerClient, pairs: int) -> None:

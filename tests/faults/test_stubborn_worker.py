@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 
 from elastic_timer import FileTimerClient, FileTimerServer
-from tests.faults.support import Link, ServerProcess
+from tests.servers import Link, Serve
 from tests.support import (
     ALLOWED_LATENESS,
     FAR,
-    ForkedWorker,
+    Fork,
     assert_reaped_in_time,
     eventually,
     is_alive,
@@ -27,9 +27,6 @@ from tests.support import (
     wire_line,
     write_raw,
 )
-
-Fork = Callable[..., ForkedWorker]
-Serve = Callable[..., ServerProcess]
 
 KILL_AFTER = 0.5
 

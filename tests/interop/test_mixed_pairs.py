@@ -20,7 +20,7 @@ import pytest
 import elastic_timer
 from tests.interop.conftest import UPSTREAM
 from tests.interop.workers import FILE_SERVER, FILE_WORKER, queue_worker
-from tests.support import Child, eventually, is_alive, wait_dead
+from tests.support import Spawn, eventually, is_alive, wait_dead
 
 pytest.importorskip("torch", reason="needs torch: pip install 'elastic-timer[interop]'")
 upstream = importlib.import_module(UPSTREAM)
@@ -36,7 +36,7 @@ FAR = 3600.0
 
 
 @MIXED
-def test_file_pair(client: str, server: str, fifo_path: str, spawn: Callable[..., Child]) -> None:
+def test_file_pair(client: str, server: str, fifo_path: str, spawn: Spawn) -> None:
     """Acquire, release and expiry get from one library's file client to the other's server."""
     watchdog = spawn(FILE_SERVER, server, fifo_path)
     worker = spawn(FILE_WORKER, client, fifo_path)
@@ -125,7 +125,7 @@ def running(server: Any) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("sender", [upstream, elastic_timer], ids=["torch's", "ours"])
-def test_pickled_requests(sender: Any, spawn: Callable[..., Child]) -> None:
+def test_pickled_requests(sender: Any, spawn: Spawn) -> None:
     """Pickled requests of one library's class are acquires and releases to the other's server."""
     receiver = elastic_timer if sender is upstream else upstream
     worker = spawn("import sys; sys.stdin.read()")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import pickle
-from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -34,16 +32,6 @@ def test_json(pid: int, scope: str, expiration_time: float, signal: int) -> None
 def in_order(text: str | bytes) -> object:
     """JSON with the order of its keys kept."""
     return json.loads(text, object_pairs_hook=list)
-
-
-@pytest.fixture
-def reader(fifo_path: str) -> Iterator[int]:
-    """The reading end of a FIFO that no server has to do with."""
-    os.mkfifo(fifo_path)
-    descriptor = os.open(fifo_path, os.O_RDONLY | os.O_NONBLOCK)
-    yield descriptor
-    os.close(descriptor)
-    Path(fifo_path).unlink()
 
 
 @pytest.mark.parametrize("scope", ["train.py#42", 'päck\n\t"☃\\ 😀'])

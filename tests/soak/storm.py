@@ -28,7 +28,7 @@ from typing import Any
 
 from elastic_timer import FileTimerRequest, FileTimerServer, LocalTimerServer
 from elastic_timer.debug_info_logging import set_stacks_timeout
-from tests.faults.support import Link
+from tests.servers import Link
 from tests.soak import workers
 from tests.soak.workers import Record, Stage, records_in
 from tests.support import ForkedWorker, child_pids, eventually

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from elastic_timer import FileTimerServer, LocalTimerServer, TimerClient, expires
-from tests.faults.support import Link
-from tests.support import FAR, ForkedWorker, eventually, running
-
-# Forking while a watchdog thread runs is what servers are for; Python warns of it since 3.12.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
+from tests.servers import Link
+from tests.support import FAR, Fork, eventually, running
 
 CLIENTS = 16
 PAIRS = 5000
@@ -44,9 +40,7 @@ class Counting(LocalTimerServer):
 
 @pytest.mark.parametrize("max_interval", [0.1, 10])
 @pytest.mark.parametrize("kind", ["file", "queue"])
-def test_load(
-    kind: str, max_interval: float, fifo_path: str, fork_worker: Callable[..., ForkedWorker]
-) -> None:
+def test_load(kind: str, max_interval: float, fifo_path: str, fork_worker: Fork) -> None:
     """16 clients send 5000 pairs each: no error, no request lost, no timer left."""
     with contextlib.closing(Link(kind, fifo_path)) as link:
         server: FileTimerServer | Counting = (

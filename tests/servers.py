@@ -1,0 +1,127 @@
+"""Servers of either kind, in the test's own process or in one of their own."""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from elastic_timer import (
+    FileTimerClient,
+    FileTimerRequest,
+    FileTimerServer,
+    LocalTimerClient,
+    LocalTimerServer,
+    TimerClient,
+    TimerRequest,
+)
+from tests.support import ForkedWorker, eventually, process_state
+
+Server = Any  # FileTimerServer or LocalTimerServer
+
+
+class Link:
+    """One of the two ways from workers to a server: over a FIFO, or over a queue.
+
+    Args:
+        kind: "file" or "queue".
+        fifo_path: Where the FIFO is to be.
+    """
+
+    def __init__(self, kind: str, fifo_path: str) -> None:
+        self.kind = kind
+        self.path = fifo_path
+        self.client: TimerClient
+        if kind == "file":
+            self.client = FileTimerClient(fifo_path)
+        else:
+            self._queue: Any = multiprocessing.get_context("fork").Queue()
+            self.client = LocalTimerClient(self._queue)
+
+    def close(self) -> None:
+        """Close this process's ends of the queue."""
+        if self.kind == "queue":
+            self._queue.close()
+            self._queue._writer.close()
+
+    def server(self, max_interval: float = 60, **changes: Any) -> Server:
+        """A server, not started; the changes are for the file server alone."""
+        if self.kind == "file":
+            return FileTimerServer(self.path, "run", max_interval, **changes)
+        return LocalTimerServer(self._queue, max_interval)
+
+    def put(self, pid: int, scope: str, expiration_time: float) -> None:
+        """Send a request in the name of any pid."""
+        client: Any = self.client
+        if self.kind == "file":
+            client._send_request(FileTimerRequest(pid, scope, expiration_time, signal.SIGKILL))
+        else:
+            client._send(TimerRequest(pid, scope, expiration_time))
+
+
+class ServerProcess:
+    """A server that runs in a fork of this process; made by the fixture `serve`."""
+
+    def __init__(self, worker: ForkedWorker, log_path: Path) -> None:
+        self._worker = worker
+        self._log_path = log_path
+        self.pid = worker.pid
+        assert worker.receive() == "started"
+
+    def ask(self, expression: str, **names: object) -> Any:
+        """What an expression is in that process, where `server` is the server."""
+        return self._worker.ask((expression, names))
+
+    def log(self) -> str:
+        """What was logged there, a record a line, each with its level."""
+        return self._log_path.read_text()
+
+    def holds(self, pid: int) -> bool:
+        """Whether the server holds a timer of the worker."""
+        return bool(self.ask(f"server._timers.holds({pid})"))
+
+    def pause(self) -> None:
+        """Stop the process, as Ctrl-Z does."""
+        os.kill(self.pid, signal.SIGSTOP)
+        eventually(lambda: process_state(self.pid) == "T")
+
+    def go_on(self) -> None:
+        """Continue the process after `pause`."""
+        os.kill(self.pid, signal.SIGCONT)
+
+    def wait(self) -> int:
+        """The process's exit code, negative for a signal."""
+        return self._worker.wait()
+
+    def kill(self) -> None:
+        """Kill the process without a warning."""
+        os.kill(self.pid, signal.SIGKILL)
+        assert self.wait() == -signal.SIGKILL
+
+    def stop(self) -> None:
+        """Stop the server and end its process, which both have to go well."""
+        self._worker.send(None)
+        assert self._worker.receive() == "stopped"
+        assert self.wait() == 0, self.log()
+
+
+def serve_questions(
+    channel: Any, make_server: Callable[[], Server], log_path: Path, prepare: Callable[[], object]
+) -> None:
+    """The body of a `ServerProcess`."""
+    logging.basicConfig(filename=log_path, format="%(levelname)s %(message)s", force=True)
+    prepare()
+    with make_server() as server:
+        channel.send("started")
+        while (question := channel.recv()) is not None:
+            expression, names = question
+            channel.send(eval(expression, {**names, "server": server}))
+    channel.send("stopped")
+
+
+Serve = Callable[..., ServerProcess]
+"""The fixture `serve`."""
