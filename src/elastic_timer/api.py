@@ -317,20 +317,16 @@ def configure(timer_client: TimerClient | _Unset | None = _UNSET) -> None:
         from elastic_timer.file_based_local_timer import FileTimerClient
 
         timer_client = FileTimerClient(path)
-    _check_client("timer_client", timer_client)
+    # By its methods: it may be of any class, upstream's for one.
+    if timer_client is not None and not hasattr(timer_client, "acquire"):
+        raise TypeError(
+            f"timer_client must be a client such as FileTimerClient(path), not {timer_client!r}"
+        )
     _timer_client = timer_client
     if timer_client is None:
         logger.info("This process has no timer client any more")
     else:
         logger.info("Timer client set to %s", type(timer_client).__name__)
-
-
-def _check_client(argument: str, client: object) -> None:
-    # By its methods: upstream's clients, and those of tests, are of other classes.
-    if client is not None and not (hasattr(client, "acquire") and hasattr(client, "release")):
-        raise TypeError(
-            f"{argument} must be a client such as FileTimerClient(path), not {client!r}"
-        )
 
 
 class _Hold(weakref.ref):  # type: ignore[type-arg]  # What it refers to is of no interest.
@@ -512,8 +508,6 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
             raise ValueError(
                 f"after must be a finite number of seconds, zero or more, and not {after}"
             )
-        if client is not None:
-            _check_client("client", client)
         self._client = client
         self._hold: _Hold | None = None
         self._is_named = scope is not None

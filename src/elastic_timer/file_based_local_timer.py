@@ -26,10 +26,13 @@ from elastic_timer._server.rounds import REQUESTS, Rounds
 from elastic_timer._server.workers import WorkerTimers
 from elastic_timer._transport.fifo import Fifo, read_available
 from elastic_timer._transport.pipe import (
+    CHECK,
     PIPE_BUF,
+    SIGPIPE,
     UNREACHABLE_AFTER,
     check_pipe,
     has_room,
+    sigpipe_handler,
     too_large,
     write,
 )
@@ -221,10 +224,10 @@ class FileTimerClient(TimerClient):
             (fd,) = map(os.open, self._path, _OPEN_FLAGS)
             try:
                 # Another file may be there by now, and would be written over.
-                check_pipe(fd)
+                check_pipe(fd, CHECK)
                 if not self._is_owner_known:
                     self._check_owner(fd)
-                write(fd, line)
+                (os.write if sigpipe_handler(SIGPIPE) else write)(fd, line)
             finally:
                 # At once: upstream's server stops watching while a client has the FIFO open.
                 os.close(fd)
@@ -242,7 +245,7 @@ class FileTimerClient(TimerClient):
             except OSError as error:
                 raise self._unreachable(error) from error
             try:
-                check_pipe(fd)
+                check_pipe(fd, CHECK)
                 has_room(fd, give_up_at - monotonic())
                 write(fd, line)
                 return

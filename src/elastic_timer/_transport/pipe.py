@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import _signal  # type: ignore[import-not-found]  # It has no stub.
 import contextlib
 import errno
 import os
 import select
 import signal as signals
 import stat
-from _signal import getsignal
+from collections.abc import Callable
 
 try:
     import fcntl
@@ -23,8 +24,6 @@ PIPE_BUF: int = getattr(select, "PIPE_BUF", 512)
 # of some 8,000 requests fits in it.
 CAPACITY = 1 << 20
 
-_SIGPIPE = getattr(signals, "SIGPIPE", signals.SIGINT)  # Windows has none, and no pipes for this.
-
 # How long a client goes on trying to reach a server that is not there, or does not read, in
 # seconds.
 UNREACHABLE_AFTER = 1.0
@@ -36,18 +35,21 @@ def enlarge(fd: int) -> None:
         fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, CAPACITY)
 
 
-def _get_size(fd: int) -> None:
-    fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
-
-
-def _get_status(fd: int) -> None:
+def check_status(fd: int, _: object = None) -> None:
+    """Refuse what is no pipe: raises OSError."""
     if not stat.S_ISFIFO(os.fstat(fd).st_mode):
-        raise OSError(errno.EBADF, "not a FIFO")
+        raise OSError(errno.ENXIO, "not a FIFO")
 
 
-# Raises OSError where a descriptor leads to no pipe. Asking for its size, which only Linux knows,
-# takes a third of what asking for its status takes.
-check_pipe = _get_size if hasattr(fcntl, "F_GETPIPE_SZ") else _get_status
+# `check_pipe(fd, CHECK)` raises OSError where a descriptor leads to no pipe. Asking for its size,
+# which only Linux knows, takes a third of what asking for its status takes.
+CHECK: int = getattr(fcntl, "F_GETPIPE_SZ", 0)
+check_pipe: Callable[[int, int], object] = fcntl.fcntl if CHECK else check_status
+
+# Zero is the default, by which a write to a pipe without a reader ends the process. The
+# function of `signal` makes an enum of what it finds, in 1 us.
+SIGPIPE = int(getattr(signals, "SIGPIPE", 0))
+sigpipe_handler: Callable[[int], object] = _signal.getsignal
 
 
 def write(fd: int, message: bytes) -> None:
@@ -55,21 +57,20 @@ def write(fd: int, message: bytes) -> None:
 
     A program that restored the default of SIGPIPE, as many commands do, would die of the signal.
     """
-    # The module's own function: that of `signal` makes an enum of what it finds, in 1 us.
-    if getsignal(_SIGPIPE) != signals.SIG_DFL:
+    if sigpipe_handler(SIGPIPE):
         os.write(fd, message)
         return
     # Held back in this thread, where it would arrive, and taken out of the way if it came.
-    was_blocked = _SIGPIPE in signals.pthread_sigmask(signals.SIG_BLOCK, {_SIGPIPE})
+    was_blocked = SIGPIPE in signals.pthread_sigmask(signals.SIG_BLOCK, {SIGPIPE})
     try:
         os.write(fd, message)
     except BrokenPipeError:
         if not was_blocked:
-            signals.sigtimedwait({_SIGPIPE}, 0)
+            signals.sigtimedwait({SIGPIPE}, 0)
         raise
     finally:
         if not was_blocked:
-            signals.pthread_sigmask(signals.SIG_UNBLOCK, {_SIGPIPE})
+            signals.pthread_sigmask(signals.SIG_UNBLOCK, {SIGPIPE})
 
 
 def too_large(message: bytes) -> RuntimeError:

@@ -1,0 +1,133 @@
+"""A1, A10, C4: what interrupts at random moments leave behind: no timer, no descriptor."""
+
+from __future__ import annotations
+
+import json
+import os
+import selectors
+from collections.abc import Callable
+
+import pytest
+
+from tests.support import Child
+
+# Interrupts its own blocks at moments that have nothing to do with what it does. A line for the
+# scope "mark" tells the reader of the FIFO that an interrupt was handled.
+WORKER = """
+import asyncio, os, signal, sys, time
+from elastic_timer import FileTimerClient, expires
+
+path, kind, blocks = sys.argv[1], sys.argv[2], int(sys.argv[3])
+client = FileTimerClient(path)
+left, right = (1 << 200_000) - 1, 1 << 100_000
+hot = False
+entered = interrupts = 0
+
+def interrupt(*_):
+    if hot:
+        raise KeyboardInterrupt
+
+def plain():
+    with expires(600, "block", client):
+        left | right
+
+async def asynchronous():
+    async with expires(600, "block", client):
+        left | right
+
+@expires(600, "block", client)
+def decorated():
+    return left | right
+
+@expires(600, "block", client)
+async def decorated_async():
+    return left | right
+
+def drive(coroutine):
+    try:
+        coroutine.send(None)
+    except StopIteration:
+        pass
+
+run = {
+    "with": plain,
+    "async-with": lambda: drive(asynchronous()),
+    "decorator": decorated,
+    "async-decorator": lambda: drive(decorated_async()),
+}[kind]
+
+def attempt():
+    global hot, entered, interrupts
+    try:
+        while entered < blocks:
+            hot = True
+            entered += 1
+            run()
+    except KeyboardInterrupt as error:
+        hot = False
+        # As an interactive shell keeps it, with all frames.
+        sys.last_traceback = error.__traceback__
+        interrupts += 1
+        client.release("mark")
+    hot = False
+
+run()  # What is made once is made now.
+before = len(os.listdir("/proc/self/fd"))
+signal.signal(signal.SIGALRM, interrupt)
+signal.setitimer(signal.ITIMER_REAL, 0.001, 0.000_077)
+while entered < blocks:
+    try:
+        attempt()
+    except KeyboardInterrupt:
+        hot = False
+signal.setitimer(signal.ITIMER_REAL, 0)
+client.release("mark")
+print(interrupts, len(os.listdir("/proc/self/fd")) - before, flush=True)
+"""
+
+KINDS = ["with", "async-with", "decorator", "async-decorator"]
+
+
+def interrupted_blocks(
+    spawn: Callable[..., Child], fifo_path: str, kind: str, blocks: int, timeout: float
+) -> tuple[int, int, int]:
+    """How many interrupts there were, and timers and descriptors that were left behind."""
+    os.mkfifo(fifo_path)
+    # Kept open for writing: it is not to end between two requests.
+    reader = os.open(fifo_path, os.O_RDWR | os.O_NONBLOCK)
+    child = spawn(WORKER, fifo_path, kind, str(blocks))
+    assert child.process.stdout is not None
+    armed: set[str] = set()
+    stray = marks = 0
+    rest = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(reader, selectors.EVENT_READ)
+        selector.register(child.process.stdout, selectors.EVENT_READ)
+        # The child's last word comes when all its requests are in the FIFO.
+        while reader in (ready := [key.fd for key, _ in selector.select(timeout)]):
+            *lines, rest = (rest + os.read(reader, 1 << 16)).split(b"\n")
+            for request in map(json.loads, lines):
+                if request["scope_id"] == "mark":
+                    marks += 1
+                    stray += bool(armed)
+                    armed.clear()
+                elif request["expiration_time"] >= 0:
+                    armed.add(request["scope_id"])
+                else:
+                    armed.discard(request["scope_id"])
+    os.close(reader)
+    assert ready, child.stderr_text()
+    interrupts, descriptors = map(int, child.readline().split())
+    assert child.wait() == 0, child.stderr_text()
+    assert marks >= interrupts
+    return interrupts, stray, descriptors
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a1_c4_interrupts_leave_nothing_behind(
+    spawn: Callable[..., Child], fifo_path: str, kind: str
+) -> None:
+    """Once an interrupt was handled, no timer is armed, though its traceback is kept."""
+    interrupts, stray, descriptors = interrupted_blocks(spawn, fifo_path, kind, 3000, 20)
+    assert interrupts > 100
+    assert (stray, descriptors) == (0, 0)
