@@ -432,10 +432,9 @@ def test_after_must_be_finite(client: RecordingClient, after: float) -> None:
     assert client.calls == []
 
 
-@pytest.mark.parametrize("after", [0, -5.0])
-def test_after_may_lie_in_the_past(client: RecordingClient, after: float) -> None:
+def test_after_may_be_no_time_at_all(client: RecordingClient) -> None:
     """A block may be due at once: that is the server's business."""
-    with expires(after=after, scope="s"):
+    with expires(after=0, scope="s"):
         pass
     assert client.calls[0][2] <= time.time()
 

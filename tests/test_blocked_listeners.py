@@ -18,6 +18,7 @@ from elastic_timer import FileTimerClient, FileTimerRequest, FileTimerServer, Lo
 from elastic_timer._server.events import (
     Event,
     TimerAcquired,
+    TimerEvent,
     TimerExpired,
     TimerReleased,
     WorkerExited,
@@ -43,6 +44,10 @@ def wait_to_be_killed(channel: Any) -> None:
     channel.recv()
 
 
+def block(unblock: threading.Event) -> None:
+    unblock.wait(60)
+
+
 @pytest.fixture
 def unblock() -> Iterator[threading.Event]:
     """Set at the end, so that what blocks comes back."""
@@ -55,7 +60,7 @@ def test_b1_log_event_that_blocks(
     fifo_path: str, fork_worker: Fork, unblock: threading.Event
 ) -> None:
     """From the very first event on: start, reaps in time, and stop within about a second."""
-    server = FileTimerServer(fifo_path, "run", log_event=lambda *_: unblock.wait(60))
+    server = FileTimerServer(fifo_path, "run", log_event=lambda *_: block(unblock))
     started = time.monotonic()
     with running(server):
         assert time.monotonic() - started < 2
@@ -89,7 +94,7 @@ def test_b7_no_more_threads(
 ) -> None:
     """A listener that blocks and no thread to be had: workers are reaped, and told of later."""
     signalled: list[Event] = []
-    server = FileTimerServer(fifo_path, "run", log_event=lambda *_: unblock.wait(60))
+    server = FileTimerServer(fifo_path, "run", log_event=lambda *_: block(unblock))
     server.subscribe(signalled.append, WorkerSignalled)
     with running(server):
         workers = [fork_worker(wait_to_be_killed) for _ in range(2)]
@@ -119,9 +124,11 @@ def test_records_of_a_worker(fifo_path: str, fork_worker: Fork) -> None:
         client._send_request(FileTimerRequest(worker.pid, "late", now, 9))
         assert worker.wait() == -signal.SIGKILL
         eventually(lambda: told and isinstance(told[-1], WorkerExited))
-    assert [
-        (event.name, getattr(event, "timer", None) and event.timer.scope_id) for event in told
-    ] == [  # type: ignore[attr-defined]
+    names = [
+        (event.name, event.timer.scope_id if isinstance(event, TimerEvent) else None)
+        for event in told
+    ]
+    assert names == [
         ("timer acquired", "kept"),
         ("timer acquired", "left"),
         ("timer released", "left"),

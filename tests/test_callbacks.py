@@ -12,7 +12,7 @@ import pytest
 
 from elastic_timer._server import callbacks as _callbacks
 from elastic_timer._server.callbacks import Callbacks, contained_logger
-from tests.support import no_more_threads
+from tests.support import eventually, no_more_threads
 
 # Callbacks ---------------------------------------------------------------------------------------
 
@@ -59,8 +59,10 @@ def test_behind_one_that_blocks_not_all_are_kept(monkeypatch: pytest.MonkeyPatch
     callbacks = Callbacks()
     started, unblock = threading.Event(), threading.Event()
     ran: list[int] = []
-    callbacks.submit(lambda: (started.set(), unblock.wait(20)))
+    callbacks.submit(started.set)
+    callbacks.submit(lambda: unblock.wait(20))
     assert started.wait(20)
+    eventually(lambda: not callbacks._pending)
     for number in range(9):
         callbacks.submit(lambda number=number: ran.append(number))  # type: ignore[misc]
     unblock.set()

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from elastic_timer import FileTimerServer, LocalTimerServer, debug_info_logging
+from elastic_timer import FileTimerServer, LocalTimerServer, _clock, debug_info_logging
 from elastic_timer._evidence import expiry, stacks
 from elastic_timer._server.process import refusal
 from elastic_timer.debug_info_logging import (
@@ -309,7 +309,7 @@ def test_a_process_group_has_no_facts(
 @pytest.mark.parametrize("pid", [os.getpid(), 1])
 def test_a_process_that_is_never_signalled_is_never_dumped(pid: int) -> None:
     """Least of all the server's own: nobody could end a py-spy that has stopped it."""
-    taken = stacks.take_stacks({pid: "S"}, stacks.monotonic() + 2)[pid]
+    taken = stacks.take_stacks({pid: "S"}, _clock.monotonic() + 2)[pid]
     assert refusal(pid) is not None
     assert taken == {"stacks": None, "stacks_missing": refusal(pid)}
 

@@ -26,7 +26,7 @@ Fork = Callable[..., ForkedWorker]
 
 
 @pytest.fixture
-def source(fifo_path: str) -> Iterator[FifoSource]:
+def source(fifo_path: str) -> Iterator[FifoSource[Fields]]:
     """A source that is open."""
     made = FifoSource(fifo_path, Fields)
     made.open()
@@ -41,7 +41,7 @@ def scopes(requests: list[Any]) -> list[str]:
 # Reading ----------------------------------------------------------------------------------------
 
 
-def test_drain_returns_what_has_arrived(source: FifoSource, fifo_path: str) -> None:
+def test_drain_returns_what_has_arrived(source: FifoSource[Fields], fifo_path: str) -> None:
     """All requests in their order, those of one line that comes in pieces included; never waits."""
     assert source.drain() == []
     assert not source.has_read
@@ -54,7 +54,9 @@ def test_drain_returns_what_has_arrived(source: FifoSource, fifo_path: str) -> N
     assert source.drain() == []
 
 
-def test_b3_round_reads_a_part_and_the_last_look_all(source: FifoSource, fifo_path: str) -> None:
+def test_b3_round_reads_a_part_and_the_last_look_all(
+    source: FifoSource[Fields], fifo_path: str
+) -> None:
     """An ordinary round is bounded; before a signal all that was written before counts."""
     written = 0
     with contextlib.suppress(BlockingIOError):
@@ -71,7 +73,7 @@ def test_b3_round_reads_a_part_and_the_last_look_all(source: FifoSource, fifo_pa
     "line", [b"y\n", b"{\n", b"x" * 60 + b"\n"], ids=["short", "brace", "no-brace"]
 )
 def test_b3_rubbish_is_dropped_in_no_time(
-    fifo_path: str, source: FifoSource, line: bytes, caplog: pytest.LogCaptureFixture
+    fifo_path: str, source: FifoSource[Fields], line: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A pipe full of it takes some hundredths of a second, not seconds; what is behind counts."""
     fcntl.fcntl(source.fileno(), fcntl.F_SETPIPE_SZ, CAPACITY)
@@ -87,7 +89,7 @@ def test_b3_rubbish_is_dropped_in_no_time(
 
 
 def test_first_lines_of_each_second_are_named(
-    source: FifoSource, fifo_path: str, caplog: pytest.LogCaptureFixture
+    source: FifoSource[Fields], fifo_path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Ten with what is wrong with them, the others by their number, no more than once a second."""
     almost = wire_line(pid="no number")
@@ -110,7 +112,7 @@ def test_first_lines_of_each_second_are_named(
     ]
 
 
-def test_descriptor_that_leads_elsewhere_is_no_endless_read(source: FifoSource) -> None:
+def test_descriptor_that_leads_elsewhere_is_no_endless_read(source: FifoSource[Fields]) -> None:
     """A program that closes descriptors not its own leaves the server reading another file."""
     empty = os.open(os.devnull, os.O_RDONLY)
     os.dup2(empty, source.fileno())
@@ -303,7 +305,7 @@ def test_umask_where_the_system_has_no_path_descriptors(
 # Mending ----------------------------------------------------------------------------------------
 
 
-def test_mend_changes_the_descriptor(source: FifoSource, fifo_path: str) -> None:
+def test_mend_changes_the_descriptor(source: FifoSource[Fields], fifo_path: str) -> None:
     """The new FIFO is read under another number, so that it can be waited for instead."""
     old = source.fileno()
     os.unlink(fifo_path)
@@ -319,7 +321,7 @@ def test_mend_changes_the_descriptor(source: FifoSource, fifo_path: str) -> None
 
 @pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, lambda path: Path(path).touch()])
 def test_mend_leaves_what_is_there(
-    source: FifoSource, fifo_path: str, put: Callable[[str], None]
+    source: FifoSource[Fields], fifo_path: str, put: Callable[[str], None]
 ) -> None:
     """Whatever was put in the FIFO's place stays, and so does what is open."""
     old = source.fileno()
@@ -333,7 +335,7 @@ def test_mend_leaves_what_is_there(
 
 
 def test_mend_that_fails_leaves_nothing(
-    source: FifoSource, fifo_path: str, monkeypatch: pytest.MonkeyPatch
+    source: FifoSource[Fields], fifo_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without descriptors no FIFO is left that nobody reads; later it can be mended."""
     old = source.fileno()
@@ -399,13 +401,16 @@ def test_a5_interrupted_anywhere_all_is_given_back(fifo_path: str, what: str) ->
     was_interrupted = True
     while was_interrupted:
         # In place of the constructor, which gives nobody the object.
-        made = FifoSource.__new__(FifoSource)
+        made: FifoSource[Fields] = FifoSource.__new__(FifoSource)
         if what == "make":
             was_interrupted = interrupt(
-                functools.partial(FifoSource.__init__, made, fifo_path), at, "fifo.py", "pipe.py"
+                functools.partial(FifoSource.__init__, made, fifo_path, Fields),
+                at,
+                "fifo.py",
+                "pipe.py",
             )
         else:
-            FifoSource.__init__(made, fifo_path)
+            FifoSource.__init__(made, fifo_path, Fields)
             if what != "open":
                 made.open()
             if what == "mend":

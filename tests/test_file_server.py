@@ -226,7 +226,6 @@ def test_fifo_that_is_not_open_has_no_descriptor(fifo_path: str) -> None:
     fifo.close()
     with pytest.raises(ValueError, match="is not open"):
         fifo.fileno()
-    fifo.remove()
 
 
 def test_removed_fifo_is_made_again(

@@ -131,8 +131,8 @@ def explode(*_: object) -> Any:
 class HostileInt(int):
     """A number that raises in whatever it is asked."""
 
-    __hash__ = __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __abs__ = __int__ = __index__ = explode  # type: ignore[assignment]
-    __repr__ = __str__ = __format__ = explode  # type: ignore[assignment]
+    __hash__ = __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __abs__ = __int__ = __index__ = explode
+    __repr__ = __str__ = __format__ = explode
 
     def __reduce__(self) -> Any:
         return HostileInt, (int.__add__(self, 0),)
@@ -141,7 +141,7 @@ class HostileInt(int):
 class HostileStr(str):
     """A string that raises in whatever it is asked."""
 
-    __hash__ = __eq__ = __lt__ = __len__ = __repr__ = __str__ = __iter__ = explode  # type: ignore[assignment]
+    __hash__ = __eq__ = __lt__ = __len__ = __repr__ = __str__ = __iter__ = explode
     __slots__ = ()
 
     def __reduce__(self) -> Any:
@@ -151,8 +151,8 @@ class HostileStr(str):
 class HostileFloat(float):
     """A number that raises in whatever it is asked."""
 
-    __hash__ = __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __float__ = __neg__ = explode  # type: ignore[assignment]
-    __repr__ = __str__ = __format__ = explode  # type: ignore[assignment]
+    __hash__ = __eq__ = __lt__ = __le__ = __gt__ = __ge__ = __float__ = __neg__ = explode
+    __repr__ = __str__ = __format__ = explode
 
     def __reduce__(self) -> Any:
         return HostileFloat, (float.__add__(self, 0.0),)
@@ -161,7 +161,7 @@ class HostileFloat(float):
 class HostileRequest(TimerRequest):
     """A request that can't be compared, shown or hashed."""
 
-    __eq__ = __repr__ = __hash__ = __lt__ = explode  # type: ignore[assignment]
+    __eq__ = __repr__ = __hash__ = __lt__ = explode
 
 
 HOSTILE: list[Callable[[], object]] = [

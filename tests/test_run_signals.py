@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pty
 import re
@@ -120,7 +121,8 @@ def test_s1_several_signals_to_the_group(run: Callable[..., Child]) -> None:
     for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGTERM"):
         os.killpg(child.pid, signal.Signals[name])
         assert child.readline() == f"seen {name}"
-        eventually(lambda number=signal.Signals[name]: number not in _pending(child.pid))
+        number = signal.Signals[name]
+        eventually(functools.partial(_is_not_pending, child.pid, number))
         os.kill(child.pid, signal.SIGUSR1)
         assert child.readline() == "forwarded SIGUSR1"
         assert child.readline() == "seen SIGUSR1"
@@ -167,6 +169,10 @@ def test_s1_nothing_is_left_when_run_is_killed(run: Callable[..., Child]) -> Non
     child.process.kill()
     assert child.wait() == -signal.SIGKILL
     eventually(lambda: len(_group(child.pid)) == 1)
+
+
+def _is_not_pending(pid: int, number: int) -> bool:
+    return number not in _pending(pid)
 
 
 def _pending(pid: int) -> set[int]:

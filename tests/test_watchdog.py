@@ -190,7 +190,7 @@ def test_loop_that_dies(
     with running(Mortal(fifo_path, "run")) as server:
         eventually(lambda: not os.path.exists(fifo_path))
         eventually(lambda: "The watchdog has died" in caplog.text)
-        eventually(lambda: not server._loop._run.thread.is_alive())
+        eventually(lambda: server._loop._run.has_ended.is_set)
         server.start()
         assert_serves(server, FileTimerClient(fifo_path), fork_worker)
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import logging
-import math
+import operator
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+import weakref
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
+from elastic_timer._clock import epoch
 from elastic_timer._server.callbacks import contained_logger
+from elastic_timer._transport.pipe import UNREACHABLE_AFTER
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    import datetime
+    from types import FrameType, TracebackType
 
     from typing_extensions import ParamSpec, Self
 
@@ -35,6 +40,22 @@ __all__ = [
 logger: logging.Logger = logging.getLogger(__name__)
 # For what runs on the watchdog's thread, and must not be held up by a handler of the log.
 _watchdog_logger = contained_logger(__name__)
+
+# The longest deadline there is: the latest moment must stay a number of seconds.
+_LONGEST = sys.float_info.max / 2
+
+# How often a release is tried that further interrupts cut short.
+_SETTLING_TRIES = 10
+
+# How often `async with` tries to reach a server.
+_ASYNC_TRIES = 10
+
+# CO_GENERATOR and CO_ASYNC_GENERATOR, see the module inspect, which takes long to import.
+_ANY_GENERATOR = 0x20 | 0x200
+
+# Where in the code of its line an unnamed block stands, by `file#line`: the first one that is met
+# there has this alone for its scope.
+_first_calls: dict[str, int] = {}
 
 
 class TimerRequest:
@@ -276,6 +297,7 @@ def configure(timer_client: TimerClient | _Unset | None = _UNSET) -> None:
 
     Raises:
         RuntimeError: Called without the argument, and the variable is not set.
+        TypeError: The argument is no client; a path, say.
 
     .. versionadded:: 0.1.0
     """
@@ -292,8 +314,138 @@ def configure(timer_client: TimerClient | _Unset | None = _UNSET) -> None:
         from elastic_timer.file_based_local_timer import FileTimerClient
 
         timer_client = FileTimerClient(path)
+    # By its methods: it may be of any class, upstream's for one.
+    if timer_client is not None and not hasattr(timer_client, "acquire"):
+        raise TypeError(
+            f"timer_client must be a client such as FileTimerClient(path), not {timer_client!r}"
+        )
     _timer_client = timer_client
-    logger.info("Timer client set to %s", type(timer_client).__name__)
+    if timer_client is None:
+        logger.info("This process has no timer client any more")
+    else:
+        logger.info("Timer client set to %s", type(timer_client).__name__)
+
+
+class _Hold(weakref.ref):  # type: ignore[type-arg]  # What it refers to is of no interest.
+    """A timer that is released when an object dies, unless it was before.
+
+    The object is what a `with` statement keeps on the stack of its frame, and nothing else refers
+    to. It dies when the block is left in whatever way: an interrupt may come at the very entry of
+    `__exit__`, and a traceback that is kept keeps the frames and the `expires` alive.
+    """
+
+    __slots__ = ("client", "scope")
+    # A reference would be equal to all others to the same object.
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+    client: TimerClient
+    scope: str | None  # None: there is nothing to release.
+
+    def settle(self) -> None:
+        """Release the timer now, or owe that where it would take a wait."""
+        for _ in range(_SETTLING_TRIES):
+            if self.scope is None:
+                break
+            try:
+                _at_once(self.client, self.client.release, self.scope)
+            except Exception as error:
+                logger.debug("Timer %s could not be released: %s", self.scope, error)
+                break
+            except BaseException:
+                continue  # A second interrupt; the first is on its way to the caller.
+            self.scope = None
+        if self.scope is not None:
+            self.owe()
+        with contextlib.suppress(ValueError):
+            _owed.remove(self)
+
+    def owe(self) -> None:
+        """Have the release sent before the next request of the client."""
+        owed = _Hold(_Hold)
+        owed.client, owed.scope = self.client, self.scope
+        _owed.append(owed)
+        self.scope = None
+
+    def give_up(self, error: BaseException) -> None:
+        """Release what an acquire or a release that failed may have left behind."""
+        if isinstance(error, BrokenPipeError):  # The client's own word that nothing was sent.
+            self.scope = None
+        else:
+            self.settle()
+
+
+_owed: list[_Hold] = []
+_Hold.on_death_1 = property(_owed.append)  # type: ignore[attr-defined]
+_Hold.on_death_2 = property(_Hold.settle)  # type: ignore[attr-defined]
+# Called when the object of a hold dies. The first attribute is looked up by C code alone: a second
+# interrupt, which may come at the entry of settle(), loses no release.
+_on_death = operator.attrgetter("on_death_1", "on_death_2")
+
+
+def _send_owed(client: TimerClient) -> None:
+    for hold in tuple(_owed):
+        if hold.scope is not None and hold.client == client:
+            try:
+                client.release(hold.scope)
+            except (RuntimeError, TypeError, ValueError) as error:
+                logger.debug("Timer %s can't be released: %s", hold.scope, error)
+            hold.scope = None
+        if hold.scope is None:
+            with contextlib.suppress(ValueError):
+                _owed.remove(hold)
+
+
+def _at_once(client: TimerClient, method: Callable[..., object], *args: object) -> None:
+    """Call a client's method; where the client could wait for its server, it fails instead."""
+    getattr(client, "_at_once", _call)(method, *args)
+
+
+def _call(method: Callable[..., object], *args: object) -> None:
+    method(*args)
+
+
+async def _patiently(client: TimerClient, method: Callable[..., object], *args: object) -> None:
+    """Have a client send a request; waits for its server go without blocking the event loop."""
+    asyncio = sys.modules.get("asyncio")
+    if asyncio is not None and asyncio._get_running_loop() is not None:
+        for _ in range(_ASYNC_TRIES):
+            try:
+                if _owed:
+                    _at_once(client, _send_owed, client)
+                return _at_once(client, method, *args)
+            except BrokenPipeError:
+                if not hasattr(client, "_at_once"):
+                    raise
+            await asyncio.sleep(UNREACHABLE_AFTER / _ASYNC_TRIES)
+        return _at_once(client, method, *args)
+    if _owed:
+        _send_owed(client)
+    method(*args)
+
+
+class _Exit(property):
+    """An exit that the `with` statement gets anew for each block, to be watched by a `_Hold`.
+
+    Looked up on the class, as ExitStack does, it is a plain callable.
+    """
+
+    def __init__(self, leave: Callable[..., object]) -> None:
+        self._leave = leave
+        partial = functools.partial
+
+        def get(block: expires) -> Callable[..., object]:
+            token = partial(leave, block)
+            if block._hold is None or block._hold.scope is None:
+                hold = _Hold(token, _on_death)
+                hold.scope = None
+                block._hold = hold
+            return token
+
+        super().__init__(get)
+
+    def __call__(self, *args: object) -> object:
+        return self._leave(*args)
 
 
 class expires:  # Upstream's name: it reads as a verb in `with expires(after=60):`.
@@ -315,15 +467,17 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
     them scopes of their own. Generator functions can't be decorated.
 
     Args:
-        after: The deadline, in seconds from the moment the block is entered.
+        after: The deadline, in seconds from the moment the block is entered, or as a timedelta.
         scope: The name of the block, by which the server knows the timer. None means the place of
             this call as `file#line`, and for a decorator that of the function. In a thread other
             than the main one and in an asyncio task the thread's or task's identity follows it, so
-            that two of them may be in the same block.
+            that two of them may be in the same block. In a generator, and for all but the first
+            `expires` of a line, something follows as well.
         client: Whom to ask for the timer. None means the one set by `configure`.
 
     Raises:
-        ValueError: `after` is NaN or infinite.
+        TypeError: An argument is of no use.
+        ValueError: `after` is negative, NaN or infinite.
         RuntimeError: On entry: there is no client, or the block is entered twice at a time through
             the same object.
         BrokenPipeError: On entry or exit: the server can't be reached, as far as the client of
@@ -333,73 +487,145 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
     .. versionadded:: 0.1.0
     """
 
-    __slots__ = ("_after", "_client", "_held", "_is_named", "_scope")
+    __slots__ = ("__weakref__", "_after", "_client", "_hold", "_is_named", "_scope")
 
     def __init__(
-        self, after: float, scope: str | None = None, client: TimerClient | None = None
+        self,
+        after: float | datetime.timedelta,
+        scope: str | None = None,
+        client: TimerClient | None = None,
     ) -> None:
         # float() also for the sake of numpy.float32: added to a float it stays one of 32 bits,
         # in which the present moment is rounded to two minutes.
-        self._after = float(after)
-        if not math.isfinite(self._after):
-            raise ValueError(f"after must be a finite number of seconds, not {after}")
+        try:
+            self._after = float(after)  # type: ignore[arg-type]  # What it refuses comes next.
+        except (TypeError, ValueError):
+            self._after = _seconds(after)
+        if not 0 <= self._after <= _LONGEST:
+            raise ValueError(
+                f"after must be a finite number of seconds, zero or more, and not {after}"
+            )
         self._client = client
-        self._held: tuple[TimerClient, str] | None = None
+        self._hold: _Hold | None = None
         self._is_named = scope is not None
         if scope is None:
-            caller = sys._getframe(1)
-            scope = f"{caller.f_code.co_filename}#{caller.f_lineno}"
+            scope = _place(sys._getframe(1), self)
+        elif not isinstance(scope, str):
+            raise TypeError(f"scope must be a string, the block's name, and not {scope!r}")
         self._scope = scope
 
     def __enter__(self) -> None:
+        hold = self._prepare()
+        client = hold.client
+        try:
+            if _owed:
+                _send_owed(client)
+            client.acquire(hold.scope, epoch() + self._after)  # type: ignore[arg-type]  # Is set.
+        except BaseException as error:
+            hold.give_up(error)
+            raise
+
+    async def __aenter__(self) -> None:
+        hold = self._prepare()
+        try:
+            await _patiently(hold.client, hold.client.acquire, hold.scope, epoch() + self._after)
+        except BaseException as error:
+            hold.give_up(error)
+            raise
+
+    def _prepare(self) -> _Hold:
+        """From now on the timer is released whatever interrupts, though it is not acquired yet."""
         client = _timer_client if self._client is None else self._client
         if client is None:
             raise RuntimeError(
                 "there is no timer client: call elastic_timer.configure(...) first, or pass client="
             )
-        if self._held is not None:
+        hold = self._hold
+        if hold is None or hold() is None:
+            # Not called by a `with` statement: there is nothing to watch but this object.
+            self._hold = hold = _Hold(self, _on_death)
+        elif hold.scope is not None:
             raise RuntimeError(
                 "this expires(...) is entered already; make one for each block that can be entered"
             )
-        scope = self._scope if self._is_named else self._scope + _thread_or_task()
-        self._held = client, scope
-        try:
-            client.acquire(scope, time.time() + self._after)
-        except BaseException as error:
-            self._held = None
-            _undo_interrupted(client, scope, error)
-            raise
+        hold.client = client
+        hold.scope = self._scope if self._is_named else self._scope + _thread_or_task()
+        return hold
 
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
+    def _leave(
+        self, exc_type: type[BaseException] | None, exception: object, traceback: object
     ) -> None:
-        if self._held is None:
+        hold = self._hold
+        if hold is None or hold.scope is None:
             return
-        client, scope = self._held
-        self._held = None
         try:
-            client.release(scope)
+            if _owed:
+                _send_owed(hold.client)
+            hold.client.release(hold.scope)
         except BaseException as error:
-            _undo_interrupted(client, scope, error)
-            if exc_type is None or not isinstance(error, Exception):
-                raise
-            logger.warning(
-                "Timer %s could not be released after an exception in its block: %s", scope, error
-            )
+            self._fail_to_leave(hold, error, exc_type)
+        hold.scope = self._hold = None
 
-    async def __aenter__(self) -> None:
-        self.__enter__()
+    def _start_leaving(self, *exception: Any) -> Coroutine[object, object, None]:
+        coroutine = self._leave_async(*exception)
+        hold = self._hold
+        if hold is not None and hold.scope is not None:
+            # What was watched dies when this returns; from now on the block lasts as long as that.
+            self._hold = _Hold(coroutine, _on_death)
+            self._hold.client, self._hold.scope = hold.client, hold.scope
+            hold.scope = None
+        return coroutine
 
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
+    async def _leave_async(
+        self, exc_type: type[BaseException] | None, exception: object, traceback: object
     ) -> None:
-        self.__exit__(exc_type, exception, traceback)
+        hold = self._hold
+        if hold is None or hold.scope is None:
+            return
+        try:
+            await _patiently(hold.client, hold.client.release, hold.scope)
+        except BaseException as error:
+            self._fail_to_leave(hold, error, exc_type)
+        hold.scope = self._hold = None
+
+    def _fail_to_leave(
+        self, hold: _Hold, error: BaseException, body_type: type[BaseException] | None
+    ) -> None:
+        """Owe the release, and raise the error unless it would hide the body's own."""
+        scope = hold.scope
+        if isinstance(error, BrokenPipeError):
+            hold.owe()
+        else:
+            hold.settle()
+        self._hold = None
+        if body_type is None or not isinstance(error, Exception):
+            raise error
+        logger.warning(
+            "Timer %s could not be released after an exception in its block, which is tried again "
+            "before the next request: %s",
+            scope,
+            error,
+        )
+
+    if TYPE_CHECKING:
+
+        def __exit__(
+            self,
+            exc_type: type[BaseException] | None,
+            exception: BaseException | None,
+            traceback: TracebackType | None,
+        ) -> None: ...
+
+        async def __aexit__(
+            self,
+            exc_type: type[BaseException] | None,
+            exception: BaseException | None,
+            traceback: TracebackType | None,
+        ) -> None: ...
+
+    else:
+        __exit__ = _Exit(_leave)
+        __aexit__ = _Exit(_start_leaving)
 
     def __call__(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
         """Decorate a function or a coroutine function: each of its calls has the deadline.
@@ -419,40 +645,61 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
             )
         code = getattr(inspect.unwrap(function), "__code__", None)
         place = f"{code.co_filename}#{code.co_firstlineno}" if code else self._scope
+        # A function decorated twice has two deadlines.
+        count = getattr(function, "__elastic_timer__", 0)
+        if count:
+            place += f"@{count}"
 
         def deadline() -> expires:
             block = expires(self._after, self._scope if self._is_named else place, self._client)
             block._is_named = self._is_named
             return block
 
-        if inspect.iscoroutinefunction(function):
+        async def wait(awaitable: Awaitable[Any]) -> Any:
+            async with deadline():
+                return await awaitable
 
-            @functools.wraps(function)
-            async def call_async(*args: _P.args, **kwargs: _P.kwargs) -> Any:
-                with deadline():
-                    return await function(*args, **kwargs)
+        async def call_async(*args: _P.args, **kwargs: _P.kwargs) -> Any:
+            async with deadline():
+                return await cast("Callable[_P, Awaitable[Any]]", function)(*args, **kwargs)
 
-            return cast("Callable[_P, _R]", call_async)
-
-        @functools.wraps(function)
-        def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        def call(*args: _P.args, **kwargs: _P.kwargs) -> Any:
             with deadline():
-                return function(*args, **kwargs)
+                result = function(*args, **kwargs)
+            if not hasattr(type(result), "__await__"):
+                return result
+            if hasattr(result, "send"):
+                return wait(cast("Awaitable[Any]", result))
+            raise TypeError(
+                f"{function!r} returned {result!r}, and the deadline was over before that is done; "
+                "decorate an `async def` function that awaits it"
+            )
 
-        return call
+        is_async = inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
+            type(function).__call__
+        )
+        wrapper = functools.wraps(function)(call_async if is_async else call)
+        wrapper.__elastic_timer__ = count + 1  # type: ignore[attr-defined]
+        return cast("Callable[_P, _R]", wrapper)
 
 
-def _undo_interrupted(client: TimerClient, scope: str, error: BaseException) -> None:
-    """Release a timer whose acquire or release was cut short, by Ctrl-C or a signal's handler.
+def _seconds(after: object) -> float:
+    """The seconds of a timedelta, told by its method: importing datetime takes long."""
+    if hasattr(after, "total_seconds"):
+        return float(after.total_seconds())
+    raise TypeError(f"after must be a number of seconds or a timedelta, and not {after!r}")
 
-    It may have been sent or not. Left behind, it would kill a process that is in no block at all.
-    """
-    if isinstance(error, BrokenPipeError):
-        return  # The client's own word that there is no server: nothing was sent.
-    try:
-        client.release(scope)
-    except Exception as second:
-        logger.debug("Timer %s could not be released: %s", scope, second)
+
+def _place(caller: FrameType, block: expires) -> str:
+    """The default scope: `file#line`, and what tells it from others of the same line."""
+    place = f"{caller.f_code.co_filename}#{caller.f_lineno}"
+    if _first_calls.setdefault(place, caller.f_lasti) != caller.f_lasti:
+        place += f"@{caller.f_lasti}"
+    if caller.f_code.co_flags & _ANY_GENERATOR:
+        # Several generators may be within their blocks at a time; as long as one is, it keeps this
+        # object, so that no other has its address.
+        place += f"@generator-{id(block):x}"
+    return place
 
 
 def _thread_or_task() -> str:

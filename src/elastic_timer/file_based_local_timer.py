@@ -9,11 +9,13 @@ import os
 import signal as signals
 import stat
 import sys
+import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from elastic_timer import _clock
+from elastic_timer._clock import monotonic
 from elastic_timer._server.callbacks import contained_logger
 from elastic_timer._server.events import (
     Event,
@@ -26,7 +28,17 @@ from elastic_timer._server.events import (
 )
 from elastic_timer._server.server import REQUESTS, ProcessServer
 from elastic_timer._transport.fifo import FifoSource
-from elastic_timer._transport.pipe import PIPE_BUF, UNREACHABLE_AFTER, has_room, too_large
+from elastic_timer._transport.pipe import (
+    CHECK,
+    PIPE_BUF,
+    SIGPIPE,
+    UNREACHABLE_AFTER,
+    check_pipe,
+    has_room,
+    sigpipe_handler,
+    too_large,
+    write,
+)
 from elastic_timer._transport.wire import encode, encode_line, encode_line_again
 from elastic_timer.api import TimerClient, TimerRequest
 from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
@@ -53,7 +65,10 @@ else:
     _DEFAULT_SIGNAL = signals.SIGKILL
 
 # Windows has no O_NONBLOCK, and no FIFO that could be opened.
-_OPEN_FLAGS = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)
+_OPEN_FLAGS = (os.O_WRONLY | getattr(os, "O_NONBLOCK", 0),)
+
+# Per thread: whether a client may wait for its server.
+_mode = threading.local()
 
 # How often a server looks whether its FIFO is still where it was made, in seconds: often enough
 # that clients, which try for about a second, find it again.
@@ -152,6 +167,7 @@ class FileTimerClient(TimerClient):
             timer and to leave the process alone.
 
     Raises:
+        TypeError: The signal is no number.
         ValueError: There is no signal of that number.
 
     .. versionadded:: 0.1.0
@@ -163,20 +179,30 @@ class FileTimerClient(TimerClient):
         signal: int = _DEFAULT_SIGNAL,
     ) -> None:
         super().__init__()
+        if not isinstance(signal, int):
+            raise TypeError(f"signal must be a number such as signal.SIGTERM, and not {signal!r}")
         if not signal < signals.NSIG:
             raise ValueError(f"there is no signal {signal}")
-        self._file_path = file_path
-        self._path = os.fsencode(file_path)  # Once, not for every block.
-        self._is_fifo = False
+        # Absolute, or after a chdir() the release would go elsewhere than the acquire went.
+        self._file_path = os.path.abspath(file_path)
+        self._path = (os.fsencode(self._file_path),)  # Once, not for every block.
+        self._is_owner_known = False
         self.signal = signal
+
+    def __eq__(self, other: object) -> bool:
+        """Whether both send to the same server: what one of them owes, the other may send."""
+        return isinstance(other, FileTimerClient) and self._path == other._path
+
+    def __hash__(self) -> int:
+        return hash(self._path)
 
     @_retry(max_retries=_TRIES, sleep_time=UNREACHABLE_AFTER / _TRIES)
     def _open_non_blocking(self) -> int:
         # Where no server reads, it fails at once with ENXIO instead of waiting for one.
-        fd = os.open(self._path, _OPEN_FLAGS)
+        (fd,) = map(os.open, self._path, _OPEN_FLAGS)
         try:
-            self._check_fifo(fd)
-        except OSError:
+            self._check_owner(fd)
+        except BaseException:
             os.close(fd)
             raise
         return fd
@@ -192,40 +218,57 @@ class FileTimerClient(TimerClient):
         if len(line) > PIPE_BUF:
             raise too_large(line)
         try:
-            # One try without ado: this is the path of every block of every worker.
-            fd = os.open(self._path, _OPEN_FLAGS)
+            # One try without ado: this is the path of every block of every worker. Opened by the
+            # unpacking, behind which no interrupt comes before `try`: it would leak the descriptor.
+            (fd,) = map(os.open, self._path, _OPEN_FLAGS)
             try:
-                if not self._is_fifo:
-                    self._check_fifo(fd)
-                os.write(fd, line)
+                # Another file may be there by now, and would be written over.
+                check_pipe(fd, CHECK)
+                if not self._is_owner_known:
+                    self._check_owner(fd)
+                (os.write if sigpipe_handler(SIGPIPE) else write)(fd, line)
             finally:
                 # At once: upstream's server stops watching while a client has the FIFO open.
                 os.close(fd)
-        except OSError:
+        except OSError as error:
+            if not getattr(_mode, "waits", True):
+                raise self._unreachable(error) from error
             self._send_patiently(line)
 
     def _send_patiently(self, line: bytes) -> None:
         """Send to a server that is not there, or that is behind with reading."""
-        give_up_at = time.monotonic() + UNREACHABLE_AFTER
+        give_up_at = monotonic() + UNREACHABLE_AFTER
         while True:
             try:
                 fd = self._open_non_blocking()
             except OSError as error:
                 raise self._unreachable(error) from error
             try:
-                has_room(fd, give_up_at - time.monotonic())
-                os.write(fd, line)
+                check_pipe(fd, CHECK)
+                has_room(fd, give_up_at - monotonic())
+                write(fd, line)
                 return
             except OSError as error:
-                if time.monotonic() >= give_up_at:
+                if monotonic() >= give_up_at:
                     raise self._unreachable(error) from error
             finally:
                 os.close(fd)
 
-    def _check_fifo(self, fd: int) -> None:
-        if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+    def _at_once(self, method: Callable[..., object], *args: object) -> None:
+        """Call a method of this client that does not wait for the server, but fails at once."""
+        _mode.waits = False
+        try:
+            method(*args)
+        finally:
+            _mode.waits = True
+
+    def _check_owner(self, fd: int) -> None:
+        status = os.fstat(fd)
+        if not stat.S_ISFIFO(status.st_mode):
             raise OSError(errno.ENXIO, "not a FIFO")
-        self._is_fifo = True
+        if status.st_uid not in (os.geteuid(), 0):
+            raise PermissionError(errno.EPERM, f"the FIFO belongs to user {status.st_uid}")
+        self._is_owner_known = True
 
     def _unreachable(self, error: OSError) -> BrokenPipeError:
         problem = (

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from elastic_timer._server.callbacks import _MOST_RECORDS_KEPT, ROUND_ALLOWANCE, contained_logger
+from elastic_timer._server.callbacks import _MOST_KEPT, PATIENCE, contained_logger
 from elastic_timer.debug_info_logging import stacks_timeout
 from tests.servers import Link, ServerProcess
 from tests.support import (
@@ -42,7 +42,7 @@ def test_log_that_nobody_reads(
 ) -> None:
     """It costs the first reap the time for stacks and some seconds, and later ones nothing."""
     server = serve(link.server, log_to_a_full_pipe)
-    bound = stacks_timeout() + 2 * ROUND_ALLOWANCE
+    bound = stacks_timeout() + 2 * PATIENCE
     for after, allowed in ((0.2, bound), (0.2, 0.0), (0.5, 0.0)):
         worker = fork_worker(overrun, link.client, after)
         deadline = worker.receive()
@@ -123,15 +123,15 @@ def test_records_come_when_the_log_takes_them(file_link: Link, blocked: Blocked)
     logger = contained_logger("elastic_timer.test")
     with running(file_link.server()):  # Its rounds grant the log new patience.
         started = time.monotonic()
-        for number in range(_MOST_RECORDS_KEPT + 100):
+        for number in range(_MOST_KEPT + 100):
             logger.warning("number %d", number)
-        assert time.monotonic() - started < ROUND_ALLOWANCE + ALLOWED_LATENESS
+        assert time.monotonic() - started < PATIENCE + ALLOWED_LATENESS
         assert blocked.texts == []
         blocked.let_go.set()
-        eventually(lambda: f"number {_MOST_RECORDS_KEPT - 2}" in blocked.texts)
+        eventually(lambda: f"number {_MOST_KEPT - 2}" in blocked.texts)
         ours = [text for text in blocked.texts if text.startswith("number")]
         # One of those that were kept says that the log blocked.
-        assert ours == [f"number {number}" for number in range(_MOST_RECORDS_KEPT - 1)]
+        assert ours == [f"number {number}" for number in range(_MOST_KEPT - 1)]
         assert any("No return in time" in text for text in blocked.texts)
         assert (__file__.rpartition("/")[2], "test_records_come_when_the_log_takes_them") in (
             blocked.places

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import Link, ServerProcess
 from tests.rivals import (
     assert_nobody_can_meddle,
     assert_one_of_two_starts_wins,
     endless_rubbish,
     overrun_amid_rubbish,
 )
+from tests.servers import Link, ServerProcess
 from tests.support import ForkedWorker, wait_dead
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")

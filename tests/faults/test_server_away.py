@@ -146,7 +146,7 @@ class Mortal(FileTimerServer):
 
     def _watchdog_loop(self) -> None:
         while not self._stop_signaled:
-            self._watchdog.wait(FAR)
+            self._loop.wait(FAR)
             if self.is_told_to_die:
                 raise RuntimeError("told to die")
 
@@ -157,7 +157,7 @@ def test_watchdog_that_dies_is_not_silent(fifo_path: str, caplog: pytest.LogCapt
     with Mortal(fifo_path, "run") as server:
         client.acquire("block", time.time() + FAR)
         server.is_told_to_die = True
-        server._watchdog.wake()
+        server._loop.wake()
         eventually(lambda: not os.path.exists(fifo_path))
         assert "The watchdog has died" in caplog.text
         started = time.monotonic()

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import signal as signals
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
 from elastic_timer import _clock
 from elastic_timer._server import callbacks
@@ -243,7 +243,7 @@ class ProcessServer(Generic[_R]):
         gone = [pid for pid in self._timers.workers() if not self.is_process_running(pid)]
         self._workers.clear([*worker_pids, *gone])
 
-    def get_expired_timers(self, deadline: float) -> dict[Any, list[_R]]:
+    def get_expired_timers(self, deadline: float) -> dict[int, list[_R]]:
         """The timers whose expiration time is `deadline` or before, by worker.
 
         Args:
@@ -370,7 +370,9 @@ class ProcessServer(Generic[_R]):
         )
 
     def _take_last_minute(self) -> bool:
-        requests = self._contained(lambda: self._source.drain(everything=True), list)
+        requests: list[_R] = self._contained(
+            lambda: self._source.drain(everything=True), lambda: []
+        )
         if requests:
             self._register(requests)
         return bool(requests)

@@ -13,12 +13,13 @@ import errno
 import os
 import pickle
 import select
+import stat
 import struct
-import time
 import weakref
 from math import inf
 from typing import TYPE_CHECKING, Protocol
 
+from elastic_timer._clock import monotonic
 from elastic_timer._server.callbacks import contained_logger
 from elastic_timer._transport.pipe import (
     CAPACITY,
@@ -28,12 +29,15 @@ from elastic_timer._transport.pipe import (
     enlarge,
     has_room,
     too_large,
+    write,
 )
 
 if TYPE_CHECKING:
     from typing import TypeGuard
 
 logger = contained_logger(__name__)
+
+_OPEN_FLAGS = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)
 
 _SHORT_LENGTH = struct.Struct("!i")
 _LONG_LENGTH = struct.Struct("!Q")
@@ -90,6 +94,9 @@ class PipeWriter:
     def __init__(self, queue: WritablePipe) -> None:
         self._queue = queue
         self._fd: int | None = None
+        self._identity: tuple[int, int] | None = None
+        # Now, while the queue's descriptor is surely its own.
+        self._check(queue._writer.fileno())
 
     def __reduce__(self) -> tuple[type[PipeWriter], tuple[WritablePipe]]:
         # The descriptor is this process's own; the queue knows how to get to another.
@@ -109,41 +116,69 @@ class PipeWriter:
         frame = _SHORT_LENGTH.pack(len(pickled)) + pickled
         if len(frame) > PIPE_BUF:
             raise too_large(frame)
-        give_up_at = time.monotonic() + UNREACHABLE_AFTER
+        give_up_at = monotonic() + UNREACHABLE_AFTER
+        sent: list[None] = []
         # Before the request is there, as `put` does: or its reader could be ahead of the count.
-        if not self._queue._sem.acquire(True, UNREACHABLE_AFTER):
-            raise _unread("the queue")
+        # Taken by the unpacking, behind which no interrupt comes before `try`.
+        (is_free,) = map(self._queue._sem.acquire, (True,), (UNREACHABLE_AFTER,))
         try:
-            self._write(frame, give_up_at)
+            if not is_free:
+                raise _unread("the queue")
+            self._write(frame, give_up_at, sent)
         except BaseException:
-            self._queue._sem.release()
+            if is_free and not sent:
+                self._queue._sem.release()
             raise
 
-    def _write(self, frame: bytes, give_up_at: float) -> None:
+    def _write(self, frame: bytes, give_up_at: float, sent: list[None]) -> None:
         while True:
             fd, may_block = self._open()
             # Atomic up to PIPE_BUF (pipe(7)): no lock is needed between writers. Where the write
             # may block, it does so only if another writer takes the room that was just seen.
             if not may_block or has_room(fd, 0):
                 with contextlib.suppress(BlockingIOError):
-                    os.write(fd, frame)
+                    # Noted by C code alone: no interrupt comes between the write and that.
+                    sent.extend(map(write, (fd,), (frame,)))
                     return
-            if not has_room(fd, give_up_at - time.monotonic()):
+            if not has_room(fd, give_up_at - monotonic()):
                 raise _unread("the pipe of the queue")
 
     def _open(self) -> tuple[int, bool]:
         """The descriptor to write to, and whether a write to it may block."""
-        if self._fd is None:
-            # Opened anew it is ours to make non-blocking; the one that the queue shares among
-            # processes is not. There has to be a /proc, and this user must own the pipe.
-            shared = self._queue._writer.fileno()
-            try:
-                self._fd = os.open(f"/proc/self/fd/{shared}", os.O_WRONLY | os.O_NONBLOCK)
-            except OSError:
-                return shared, True
-            # Not at exit: a daemon thread may still release its timers then.
-            weakref.finalize(self, os.close, self._fd).atexit = False
+        if self._fd is not None:
+            self._check(self._fd)
+            return self._fd, False
+        # Opened anew it is ours to make non-blocking; the one that the queue shares among
+        # processes is not. There has to be a /proc, and this user must own the pipe.
+        shared = self._queue._writer.fileno()
+        self._check(shared)
+        try:
+            (self._fd,) = map(os.open, (f"/proc/self/fd/{shared}",), (_OPEN_FLAGS,))
+        except OSError:
+            return shared, True
+        # Not at exit: a daemon thread may still release its timers then.
+        self._finalizer = weakref.finalize(self, os.close, self._fd)
+        self._finalizer.atexit = False
         return self._fd, False
+
+    def _check(self, fd: int) -> None:
+        """Refuse a descriptor that is the queue's no more, as its number was given to others."""
+        try:
+            status = os.fstat(fd)
+            identity = status.st_dev, status.st_ino
+            if self._identity is None and stat.S_ISFIFO(status.st_mode):
+                self._identity = identity
+            is_ours = identity == self._identity
+        except OSError:
+            is_ours = False
+        if not is_ours:
+            if fd == self._fd:
+                # Whoever has the number now is not to find it closed.
+                self._finalizer.detach()
+                self._fd = None
+            raise OSError(
+                errno.EBADF, "this program has closed the descriptor of the timers' queue"
+            )
 
 
 def _unread(what: str) -> BrokenPipeError:
