@@ -34,6 +34,7 @@ from elastic_timer import (
     expires,
     file_based_local_timer,
 )
+from elastic_timer._server.callbacks import flush_log
 from tests.support import eventually
 
 REQUIRED = inspect.Parameter.empty
@@ -655,8 +656,10 @@ def test_reap_worker_no_throw(caplog: pytest.LogCaptureFixture) -> None:
     server = RecordingServer([], {})
     assert server._reap_worker_no_throw("reaped") is True
     assert server._reap_worker_no_throw("refuses") is False
+    assert flush_log(20)
     assert not caplog.records
     assert server._reap_worker_no_throw("raises") is True
+    assert flush_log(20)
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     assert caplog.records[0].exc_info is not None
 
