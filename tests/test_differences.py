@@ -84,7 +84,7 @@ def fork_and_live_on() -> int:
 
 def step_clock(seconds: float) -> None:
     """Set the wall clock of this process by so much, as its server sees it."""
-    _clock.epoch = functools.partial(stepped, _clock.epoch, seconds)  # type: ignore[assignment]  # A step.
+    _clock.epoch = functools.partial(stepped, _clock.epoch, seconds)
 
 
 def stepped(real_time: Callable[[], float], step: float) -> float:

@@ -25,7 +25,8 @@ def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     real_time = _clock.epoch
 
     def off() -> float:
-        return real_time() + struct.unpack("d", offset[:8])[0]
+        (shift,) = struct.unpack("d", offset[:8])
+        return real_time() + float(shift)
 
     # What servers ask, and what clients do.
     monkeypatch.setattr(_clock, "epoch", off)
