@@ -311,12 +311,13 @@ class ProcessServer(Generic[_R]):
         fresh = {pid: timers for pid, timers in expired.items() if pid not in self._retries}
         due = [pid for pid in expired if pid in fresh or self._retries[pid].at <= self._looked_at]
         evidence = self._contained(lambda: self._report(fresh), lambda: {})
-        for pid in due:
-            # A release that was written before the signal is honoured, however late it comes.
-            if self._take_last_minute():
-                expired = self._find_expired(now)
-            if pid in expired:
-                self._reap(pid, expired[pid], evidence.get(pid) if pid in fresh else None)
+        with self._events.held():
+            for pid in due:
+                # A release that was written before the signal is honoured, however late it comes.
+                if self._take_last_minute():
+                    expired = self._find_expired(now)
+                if pid in expired:
+                    self._reap(pid, expired[pid], evidence.get(pid))
         killed = {pid for pid in due if self._workers.was_killed(pid)}
         if killed:
             self._contained(lambda: self.clear_timers(killed), lambda: self._workers.clear(killed))
