@@ -640,6 +640,7 @@ def test_round_of_a_subclass_written_for_upstream(caplog: pytest.LogCaptureFixtu
         ("reap", "raises"),
         ("clear", {"reaped", "raises"}),
     ]
+    assert flush_log(20)
     assert "a subclass's error" in caplog.text
 
 
@@ -703,6 +704,7 @@ def test_loop_outlives_a_failing_round(
     counting_server.start()
     assert counting_server.third_round.wait(20)
     counting_server.stop()
+    assert flush_log(20)
     assert "the first round fails" in caplog.text
 
 
