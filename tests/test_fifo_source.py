@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from elastic_timer._server.callbacks import flush_log
 from elastic_timer._transport import fifo as _fifo
 from elastic_timer._transport.fifo import FifoSource
 from elastic_timer._transport.pipe import CAPACITY
@@ -83,6 +84,7 @@ def test_b3_rubbish_is_dropped_in_no_time(
     started = time.thread_time()
     assert scopes(source.drain(everything=True)) == ["valid"]
     assert time.thread_time() - started < 0.5
+    assert flush_log(20)
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == 11
     assert messages[-1] == f"Dropped {lines - 10} more lines that are no requests"
@@ -95,6 +97,7 @@ def test_first_lines_of_each_second_are_named(
     almost = wire_line(pid="no number")
     write_raw(fifo_path, b"short\n" + almost * 11 + wire_line())
     assert scopes(source.drain()) == ["valid"]
+    assert flush_log(20)
     messages = [record.getMessage() for record in caplog.records]
     assert "short" in messages[0]
     assert ["'no number' is no process id" in message for message in messages[1:10]] == [True] * 9
@@ -102,10 +105,12 @@ def test_first_lines_of_each_second_are_named(
     caplog.clear()
     write_raw(fifo_path, b"short\n" * 3 + almost)
     assert source.drain() == []
+    assert flush_log(20)
     assert caplog.records == []
     source._names_again_at = 0.0
     write_raw(fifo_path, b"last\n")
     assert source.drain() == []
+    assert flush_log(20)
     assert [record.getMessage() for record in caplog.records] == [
         "Dropped a line that is no request: no object: b'last'",
         "Dropped 4 more lines that are no requests",

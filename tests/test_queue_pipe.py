@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from elastic_timer import LocalTimerClient, MultiprocessingRequestQueue, TimerRequest
+from elastic_timer._server.callbacks import flush_log
 from elastic_timer._transport import queue_pipe as _queue_pipe
 from elastic_timer._transport.pipe import has_room
 from tests.support import FAR, no_more_descriptors
@@ -57,6 +58,7 @@ def test_what_is_no_frame(mp_queue: Any, rubbish: bytes, caplog: pytest.LogCaptu
     client.acquire("before", 1.0)
     os.write(mp_queue._writer.fileno(), rubbish + b"lost")
     assert scopes(requests.get(2, 0)) == ["before"]
+    assert flush_log(20)
     assert [record.getMessage() for record in caplog.records] == [
         f"Dropped {len(rubbish + b'lost')} bytes from the queue: no request"
     ]

@@ -21,6 +21,7 @@ from elastic_timer import (
     MultiprocessingRequestQueue,
     TimerRequest,
 )
+from elastic_timer._server.callbacks import flush_log
 from tests.instructions import interrupt
 from tests.support import FAR, eventually, no_more_descriptors, open_descriptors, running
 
@@ -204,6 +205,7 @@ def test_b2_lies_are_refused(mp_queue: Any, caplog: pytest.LogCaptureFixture) ->
         os.write(mp_queue._writer.fileno(), frame(TimerRequest(Liar(), "s", 1.0)))
     os.write(mp_queue._writer.fileno(), frame(TimerRequest(True, "s", 1.0)))
     assert MultiprocessingRequestQueue(mp_queue).drain() == []
+    assert flush_log(20)
     messages = [record.getMessage() for record in caplog.records]
     assert ["Dropped what is no request" in message for message in messages[:10]] == [True] * 10
     assert messages[10:] == ["Dropped 3 more that are no requests"]
@@ -273,4 +275,5 @@ def test_get_drops_what_can_not_be_unpickled(
     os.write(mp_queue._writer.fileno(), frame(TimerRequest("anything", "s", 1.0)))
     requests = MultiprocessingRequestQueue(mp_queue).get(1, 5)
     assert requests == [TimerRequest("anything", "s", 1.0)]
+    assert flush_log(20)
     assert "Dropped a request that can't be unpickled" in caplog.text

@@ -152,6 +152,9 @@ class MultiprocessingRequestQueue(RequestQueue):
 
         What can't be a timer of a process is dropped with a warning. The others consist of plain
         values: whatever class was sent, none of its methods is called once it is here.
+
+        Args:
+            everything: Makes no difference here; other sources take less at a time without it.
         """
         requests: list[TimerRequest] = []
         refused = 0
