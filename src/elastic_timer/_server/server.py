@@ -566,8 +566,9 @@ class ProcessServer(abc.ABC, Generic[_R]):
 
     def _flush(self) -> None:
         """Let listeners and the log catch up, those that block for a second at most."""
+        end = _clock.monotonic() + callbacks.PATIENCE
         self._events.flush(callbacks.PATIENCE)
-        callbacks.flush_log(callbacks.PATIENCE)
+        callbacks.flush_log(end - _clock.monotonic())
 
     def _log_signalled(self, event: Event) -> None:
         assert isinstance(event, WorkerSignalled)
