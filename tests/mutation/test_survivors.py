@@ -58,6 +58,17 @@ def test_rebuilt_heap_is_in_order() -> None:
         table.release(deadline, "scope")
 
 
+def test_timer_is_due_at_its_deadline_itself() -> None:
+    """Whether somebody has looked at it by then or not."""
+    table: TimerTable[int, str] = TimerTable()
+    table.acquire(0, "scope", "request", 5.0)
+    for _ in range(2):
+        assert table.expired(4.9) == {}
+        assert table.expired(5.0) == {0: ["request"]}
+        table.settle(5.0)
+        assert table.next_deadline() is None
+
+
 def test_largest_number_is_a_time() -> None:
     """The largest float there is is finite."""
     line = f'{{"pid": 2, "scope_id": "", "expiration_time": {sys.float_info.max}, "signal": 9}}'
