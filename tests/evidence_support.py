@@ -43,4 +43,4 @@ def expired(pid: int, *scopes: str, late: float = 0.5) -> list[str]:
 
 def logged(caplog: pytest.LogCaptureFixture) -> list[Any]:
     """The records on workers, as objects with any attribute."""
-    return [record for record in caplog.records if hasattr(record, "timer_pid")]
+    return [record for record in caplog.records if hasattr(record, "timer_command")]

@@ -34,6 +34,7 @@ from elastic_timer import (
     expires,
     file_based_local_timer,
 )
+from elastic_timer._server.callbacks import flush_log
 from tests.support import eventually
 
 REQUIRED = inspect.Parameter.empty
@@ -639,6 +640,7 @@ def test_round_of_a_subclass_written_for_upstream(caplog: pytest.LogCaptureFixtu
         ("reap", "raises"),
         ("clear", {"reaped", "raises"}),
     ]
+    assert flush_log(20)
     assert "a subclass's error" in caplog.text
 
 
@@ -655,8 +657,10 @@ def test_reap_worker_no_throw(caplog: pytest.LogCaptureFixture) -> None:
     server = RecordingServer([], {})
     assert server._reap_worker_no_throw("reaped") is True
     assert server._reap_worker_no_throw("refuses") is False
+    assert flush_log(20)
     assert not caplog.records
     assert server._reap_worker_no_throw("raises") is True
+    assert flush_log(20)
     assert [record.levelno for record in caplog.records] == [logging.ERROR]
     assert caplog.records[0].exc_info is not None
 
@@ -700,6 +704,7 @@ def test_loop_outlives_a_failing_round(
     counting_server.start()
     assert counting_server.third_round.wait(20)
     counting_server.stop()
+    assert flush_log(20)
     assert "the first round fails" in caplog.text
 
 

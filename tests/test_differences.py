@@ -36,6 +36,7 @@ from elastic_timer import (
     LocalTimerClient,
     LocalTimerServer,
     TimerClient,
+    _clock,
     configure,
     expires,
     file_based_local_timer,
@@ -82,8 +83,8 @@ def fork_and_live_on() -> int:
 
 
 def step_clock(seconds: float) -> None:
-    """Set the wall clock of this process by so much, as its programs see it."""
-    time.time = functools.partial(stepped, time.time, seconds)
+    """Set the wall clock of this process by so much, as its server sees it."""
+    _clock.epoch = functools.partial(stepped, _clock.epoch, seconds)
 
 
 def stepped(real_time: Callable[[], float], step: float) -> float:

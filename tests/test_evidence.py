@@ -493,7 +493,7 @@ exit 1"""
         program = stand_in("").parent / "scripts" / "py-spy"
         program.write_bytes(b"\x7fELF not really")
         record = log_one(caplog, child.pid)
-        assert record.timer_stacks_missing.startswith("py-spy could not be started: [Errno 8]")
+        assert record.timer_stacks_missing == "py-spy: OSError(8, 'Exec format error')"
 
     def test_hanging(
         self,

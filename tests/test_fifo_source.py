@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from elastic_timer._server.callbacks import flush_log
 from elastic_timer._transport import fifo as _fifo
 from elastic_timer._transport.fifo import FifoSource
 from elastic_timer._transport.pipe import CAPACITY
@@ -83,32 +84,41 @@ def test_b3_rubbish_is_dropped_in_no_time(
     started = time.thread_time()
     assert scopes(source.drain(everything=True)) == ["valid"]
     assert time.thread_time() - started < 0.5
+    source._rubbish._again_at = 0.0
+    write_raw(fifo_path, b"last\n")
+    assert source.drain() == []
+    *named, more, last = dropped(caplog)
+    assert len(named) in (1, 10)
+    assert more == f"Dropped {lines - len(named)} more that were no requests"
+    assert last == "Dropped what is no request: too short: b'last'"
+
+
+def dropped(caplog: pytest.LogCaptureFixture) -> list[str]:
+    assert flush_log(20)
     messages = [record.getMessage() for record in caplog.records]
-    assert len(messages) == 11
-    assert messages[-1] == f"Dropped {lines - 10} more lines that are no requests"
+    caplog.clear()
+    return messages
 
 
 def test_first_lines_of_each_second_are_named(
     source: FifoSource[Fields], fifo_path: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Ten with what is wrong with them, the others by their number, no more than once a second."""
+    """Ten with what is wrong with them; the others by their number, when more comes."""
     almost = wire_line(pid="no number")
     write_raw(fifo_path, b"short\n" + almost * 11 + wire_line())
     assert scopes(source.drain()) == ["valid"]
-    messages = [record.getMessage() for record in caplog.records]
+    messages = dropped(caplog)
     assert "short" in messages[0]
-    assert ["'no number' is no process id" in message for message in messages[1:10]] == [True] * 9
-    assert messages[10:] == ["Dropped 2 more lines that are no requests"]
-    caplog.clear()
+    assert ["'no number' is no process id" in message for message in messages[1:]] == [True] * 9
     write_raw(fifo_path, b"short\n" * 3 + almost)
     assert source.drain() == []
-    assert caplog.records == []
-    source._names_again_at = 0.0
+    assert dropped(caplog) == []
+    source._rubbish._again_at = 0.0
     write_raw(fifo_path, b"last\n")
     assert source.drain() == []
-    assert [record.getMessage() for record in caplog.records] == [
-        "Dropped a line that is no request: no object: b'last'",
-        "Dropped 4 more lines that are no requests",
+    assert dropped(caplog) == [
+        "Dropped 6 more that were no requests",
+        "Dropped what is no request: too short: b'last'",
     ]
 
 
@@ -146,7 +156,7 @@ def test_a3_one_that_never_read_leaves_the_others_fifo(fifo_path: str) -> None:
     second.open()
     with pytest.raises(FileExistsError, match="reads it already"):
         first.open()
-    first._identity = second._identity
+    first._made = list(second._made)
     first.close()
     assert second.is_in_place()
     write_raw(fifo_path, wire_line())
@@ -285,23 +295,6 @@ def test_c2_fifo_that_is_not_the_one_made(fifo_path: str, monkeypatch: pytest.Mo
     assert os.path.exists(fifo_path)
 
 
-def test_umask_where_the_system_has_no_path_descriptors(
-    fifo_path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Rights that the umask took are given back there, too, without following a link."""
-    calls: list[Any] = []
-    monkeypatch.delattr(os, "O_PATH", raising=False)
-    monkeypatch.setattr(os, "chmod", lambda *args, **options: calls.append((args, options)))
-    before = os.umask(0o777)
-    try:
-        made = FifoSource(fifo_path, Fields)
-    finally:
-        os.umask(before)
-    assert calls == [((fifo_path,), {"mode": 0o600, "follow_symlinks": False})]
-    made.close()
-    assert not os.path.lexists(fifo_path)
-
-
 # Mending ----------------------------------------------------------------------------------------
 
 
@@ -416,7 +409,7 @@ def test_a5_interrupted_anywhere_all_is_given_back(fifo_path: str, what: str) ->
             if what == "mend":
                 os.unlink(fifo_path)
             was_interrupted = interrupt(getattr(made, what), at, "fifo.py", "pipe.py")
-        if hasattr(made, "_others"):
+        if hasattr(made, "_folder"):
             made.close()
         assert set(open_descriptors()) == before, at
         assert not os.path.lexists(fifo_path), at

@@ -22,6 +22,7 @@ from tests.support import (
     is_alive,
     overrun,
     running,
+    wait_dead,
     wire_line,
     write_raw,
 )
@@ -78,7 +79,10 @@ def test_events_of_a_reap(fifo_path: str, fork_worker: Fork) -> None:
 
 
 def test_events_without_a_positive_signal(fifo_path: str, fork_worker: Fork) -> None:
-    """All expired timers of a worker without a signal are told of, and it is not killed."""
+    """All expired timers of a worker without a signal are told of, and it is not killed.
+
+    (A2) They alone are dropped: the one that has time left is held on, and kills it in the end.
+    """
     events: list[Event] = []
     server = FileTimerServer(
         fifo_path, "run", 10, log_event=lambda name, request: events.append((name, request))
@@ -94,15 +98,24 @@ def test_events_without_a_positive_signal(fifo_path: str, fork_worker: Fork) -> 
         ]
         write_raw(fifo_path, b"".join(lines))
         eventually(lambda: len(events) == 3)
-        # All timers of the worker are dropped, the one that had time left with them.
-        eventually(lambda: not server._timers)
+        eventually(lambda: len(server._timers) == 1)
+        assert is_alive(worker)
+        assert list(server._timers) == [(worker.pid, "overrun")]
+        # It counts still.
+        write_raw(
+            fifo_path,
+            wire_line(pid=worker.pid, scope_id="overrun", expiration_time=now, signal=9),
+        )
+        wait_dead(worker)
+        eventually(lambda: len(events) >= 5)
     assert [(name, request and request.scope_id) for name, request in events] == [
         ("watchdog started", None),
         ("timer expired", "older"),
         ("timer expired", "newer"),
+        ("timer expired", "overrun"),
+        ("kill worker process", "overrun"),
         ("watchdog stopped", None),
     ]
-    assert is_alive(worker)
 
 
 # The debug hook -----------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from elastic_timer import (
     FileTimerClient,
     FileTimerRequest,
     FileTimerServer,
+    _clock,
 )
 from elastic_timer._transport.fifo import FifoSource
 from tests.support import (
@@ -330,14 +331,14 @@ def test_last_progress_time(fifo_path: str, monkeypatch: pytest.MonkeyPatch) -> 
     """Until a client shows up it is the present; then it is the time of the last round."""
     server = FileTimerServer(fifo_path, "run", 0.05)
     shift = 0.0
-    real_time = time.time
-    monkeypatch.setattr(time, "time", lambda: real_time() + shift)
+    real_time = _clock.epoch
+    monkeypatch.setattr(_clock, "epoch", lambda: real_time() + shift)
     assert isinstance(server.get_last_progress_time(), int)
     with running(server):
         shift = 1000.0
-        assert abs(server.get_last_progress_time() - time.time()) < 5
-        before = int(time.time())
-        FileTimerClient(fifo_path).acquire("s", time.time() + FAR)
+        assert abs(server.get_last_progress_time() - _clock.epoch()) < 5
+        before = int(_clock.epoch())
+        FileTimerClient(fifo_path).acquire("s", _clock.epoch() + FAR)
         eventually(lambda: server._timers)
         # Rounds go on, and with them the time of the last one.
         shift = 2000.0

@@ -92,33 +92,22 @@ def test_signals_where_cat_is_missing(run: Callable[..., Child]) -> None:
 # --- a COMMAND without -- before it
 
 
-@pytest.mark.parametrize(
-    ("arguments", "meant"),
-    [
-        (["torchrun", "x.py"], "elastic-timer run -- torchrun x.py"),
-        (
-            ["--run-id", "a b", "python", "-u", "x y.py"],
-            "elastic-timer run --run-id 'a b' -- python -u 'x y.py'",
-        ),
-    ],
-)
+@pytest.mark.parametrize("arguments", [["torchrun", "x.py"], ["--run-id", "a b", "python", "-u"]])
 def test_s6_command_without_dashes(
-    capsys: pytest.CaptureFixture[str], arguments: list[str], meant: str
+    capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
-    """`run torchrun x.py` is refused with the line that was meant."""
+    """`run torchrun x.py` is refused with what was left out."""
     with pytest.raises(SystemExit) as exit_:
         main(["run", *arguments])
     assert exit_.value.code == 2
-    assert f"write -- before COMMAND: {meant}\n" in capsys.readouterr().err
+    assert "; write -- before COMMAND\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "arguments", [["demo", "fast"], ["run", "--fast"], ["run", "sh", "--", "true"]]
-)
+@pytest.mark.parametrize("arguments", [["demo", "fast"], ["run", "sh", "--", "true"]])
 def test_s6_not_where_that_would_not_help(
     capsys: pytest.CaptureFixture[str], arguments: list[str]
 ) -> None:
-    """An option that is not there, and what stands before -- by mistake, get no such advice."""
+    """What stands before -- by mistake, and what the demo does not know, gets no such advice."""
     with pytest.raises(SystemExit) as exit_:
         main(arguments)
     assert exit_.value.code == 2

@@ -10,7 +10,6 @@ import operator
 import os
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -236,7 +235,7 @@ class TimerServer(abc.ABC):
         size = max(1, self._request_queue.size())
         self.register_timers(self._request_queue.get(size, self._max_interval))
         reaped = set()
-        for worker_id, timers in self.get_expired_timers(time.time()).items():
+        for worker_id, timers in self.get_expired_timers(epoch()).items():
             _watchdog_logger.warning(
                 "Reaping worker %s, whose timers have expired: %s",
                 worker_id,

@@ -8,7 +8,8 @@ import os
 import pickle
 import queue as queues
 import signal as signals
-import time
+from collections.abc import Callable
+from math import inf
 from typing import TYPE_CHECKING, Any, Protocol
 
 from elastic_timer import _clock
@@ -21,6 +22,7 @@ from elastic_timer._transport.queue_pipe import (
     has_readable_pipe,
     has_writable_pipe,
 )
+from elastic_timer._transport.rubbish import RubbishLog
 from elastic_timer.api import RequestQueue, TimerClient, TimerRequest, TimerServer
 from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
 
@@ -41,9 +43,6 @@ _SENDER_PATIENCE = 1.0
 
 # How many requests are taken from such a queue in one round: putting could else outrun taking.
 _DRAIN_LIMIT = 10_000
-
-# How many objects of one round that are no requests are named one by one: that takes time.
-_NAMED_OBJECTS = 10
 
 _RUN_ID = "local"  # The queue variant has no run id; the handlers of evidence are given this one.
 
@@ -110,6 +109,7 @@ class MultiprocessingRequestQueue(RequestQueue):
         super().__init__()
         self._mp_queue = mp_queue
         self._pipe = PipeReader(mp_queue) if has_readable_pipe(mp_queue) else None
+        self._rubbish = RubbishLog(logger)
 
     def size(self) -> int:
         """How many requests are waiting, or on their way in the thread of a sender.
@@ -128,14 +128,14 @@ class MultiprocessingRequestQueue(RequestQueue):
             size: How many at most.
             timeout: How many seconds to wait for them at most.
         """
-        end = time.monotonic() + timeout
+        end = _clock.monotonic() + timeout
         requests: list[TimerRequest] = []
         while len(requests) < size:
-            remaining = end - time.monotonic()
-            taken = self._take(size - len(requests), max(0.0, remaining))
-            if not taken and remaining <= 0:
+            remaining = max(0.0, end - _clock.monotonic())
+            arrived = self._arrived(size - len(requests), remaining)
+            if not arrived and not remaining:
                 break
-            requests += taken
+            requests += self._each(self._loaded, arrived)
         return requests
 
     def open(self) -> int | None:
@@ -152,20 +152,12 @@ class MultiprocessingRequestQueue(RequestQueue):
 
         What can't be a timer of a process is dropped with a warning. The others consist of plain
         values: whatever class was sent, none of its methods is called once it is here.
+
+        Args:
+            everything: Makes no difference here; other sources take less at a time without it.
         """
-        requests: list[TimerRequest] = []
-        refused = 0
-        for arrived in self._take_arrived():
-            try:
-                requests.append(_rebuilt(arrived if self._pipe is None else _load(arrived)))
-            # Whatever an object of somebody's raises, or exits with, when it is looked at.
-            except BaseException as error:
-                refused += 1
-                if refused <= _NAMED_OBJECTS:
-                    logger.warning("Dropped what is no request: %s: %.100r", error, arrived)
-        if refused > _NAMED_OBJECTS:
-            logger.warning("Dropped %d more that are no requests", refused - _NAMED_OBJECTS)
-        return requests
+        arrived = self._arrived(inf if self._pipe else _DRAIN_LIMIT, 0)
+        return self._each(lambda each: _rebuilt(self._loaded(each)), arrived)
 
     def has_descriptor(self) -> bool:
         """Whether there is something to wait on, or the queue has to be asked."""
@@ -180,15 +172,19 @@ class MultiprocessingRequestQueue(RequestQueue):
         if self._pipe is not None:
             self._pipe.close()
 
-    def _take_arrived(self) -> list[Any]:
-        """What has arrived: pickles from a pipe, or the objects themselves."""
+    def _arrived(self, limit: float, timeout: float) -> list[Any]:
+        """What has arrived: pickles from a pipe, or the objects themselves.
+
+        Args:
+            limit: How many at most.
+            timeout: How many seconds to wait for the first one at most.
+        """
         if self._pipe is not None:
-            self._pipe.read()
-            return self._pipe.take()
+            return self._pipe.take(limit, timeout)
         objects: list[Any] = []
         try:
-            while len(objects) < _DRAIN_LIMIT:
-                objects.append(self._mp_queue.get(True, 0))
+            while len(objects) < limit:
+                objects.append(self._mp_queue.get(True, 0 if objects else timeout))
         except queues.Empty:
             pass
         # The process that keeps the queue may have died. What was taken before that counts.
@@ -197,18 +193,20 @@ class MultiprocessingRequestQueue(RequestQueue):
                 raise
         return objects
 
-    def _take(self, limit: int, timeout: float) -> list[TimerRequest]:
-        if self._pipe is None:
+    def _each(
+        self, make_request: Callable[[Any], TimerRequest], arrived: list[Any]
+    ) -> list[TimerRequest]:
+        requests = []
+        for each in arrived:
             try:
-                return [self._mp_queue.get(True, timeout)]
-            except queues.Empty:
-                return []
-        frames = self._pipe.take(limit)
-        if not frames:
-            self._pipe.wait(timeout)
-            self._pipe.read()
-            frames = self._pipe.take(limit)
-        return [request for frame in frames if (request := _unpickle(frame)) is not None]
+                requests.append(make_request(each))
+            # Whatever an object of somebody's raises, or exits with, when it is looked at.
+            except BaseException as error:
+                self._rubbish.add(each, error)
+        return requests
+
+    def _loaded(self, arrived: Any) -> Any:
+        return arrived if self._pipe is None else _Unpickler(io.BytesIO(arrived)).load()
 
 
 class _Unpickler(pickle.Unpickler):
@@ -218,19 +216,6 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("torch.distributed.elastic.timer.api", "TimerRequest"):
             return TimerRequest
         return super().find_class(module, name)
-
-
-def _load(frame: bytes) -> Any:
-    return _Unpickler(io.BytesIO(frame)).load()
-
-
-def _unpickle(frame: bytes) -> TimerRequest | None:
-    try:
-        return _load(frame)  # type: ignore[no-any-return]  # The contract: what is put is one.
-    # Whatever an object of somebody's raises, or exits with, while it is loaded.
-    except BaseException as error:
-        logger.warning("Dropped a request that can't be unpickled: %r: %.100r", error, frame)
-        return None
 
 
 def _rebuilt(request: Any) -> TimerRequest:

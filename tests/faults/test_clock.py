@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import mmap
 import struct
-import time
 from collections.abc import Callable
 
 import pytest
 
+from elastic_timer import _clock, api
 from tests.servers import Link, Serve
 from tests.support import Fork, assert_reaped_in_time, eventually, is_alive, overrun
 
@@ -22,8 +22,15 @@ def set_clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     The host's own clock is left alone: others live by it.
     """
     offset = mmap.mmap(-1, 8)
-    real_time = time.time
-    monkeypatch.setattr(time, "time", lambda: real_time() + struct.unpack("d", offset[:8])[0])
+    real_time = _clock.epoch
+
+    def off() -> float:
+        (shift,) = struct.unpack("d", offset[:8])
+        return real_time() + float(shift)
+
+    # What servers ask, and what clients do.
+    monkeypatch.setattr(_clock, "epoch", off)
+    monkeypatch.setattr(api, "epoch", off)
 
     def set_clock(seconds: float) -> None:
         offset[:8] = struct.pack("d", seconds)

@@ -4,7 +4,7 @@
 
 makes each of the changes of `mutants.py` in turn, runs the module's tests, and names the mutants
 that survive. Those in `equivalent.py` are known to change nothing that could be told; the exit
-status is 1 if another one survives, or if less than 95 % of all are killed. It takes some minutes,
+status is 1 if another one survives, or if less than 97 % of all are killed. It takes some minutes,
 though each mutant is loaded from memory in a fork that has pytest loaded already.
 
 mutmut 3 can't be used: it wraps each function, and the frame that `expires` takes its scope from
@@ -43,7 +43,7 @@ SECONDS = 20
 BYTES = 1 << 30
 """How much memory they may take: those that loop may collect things."""
 
-LOWEST_SCORE = 0.95
+LOWEST_SCORE = 0.97
 
 OPTIONS = ["-x", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", f"--timeout={SECONDS}"]
 # hypothesis is loaded already.
@@ -59,17 +59,31 @@ class Target(NamedTuple):
 
 
 SURVIVORS = "tests/mutation/test_survivors.py"
-_EXPIRES = "test_api or test_survivors or d01 or d13 or d18"
+_EXPIRES = "test_api or test_survivors or test_client_mends or d01 or d13 or d18"
 
 TARGETS = [
-    Target("_timer_table", [], ["tests/test_timer_table.py", SURVIVORS]),
-    Target("_wire", [], ["tests/test_wire.py", SURVIVORS]),
+    Target("_server.table", [], ["tests/test_timer_table.py", SURVIVORS]),
+    Target("_server.process", ["ranks"], ["tests/test_ranks.py"]),
+    Target("_server.workers", ["EpochClock"], ["tests/test_epoch_clock.py"]),
+    Target("_transport.wire", [], ["tests/test_wire.py", SURVIVORS]),
     Target(
         "api",
-        ["expires", "_undo_interrupted", "_thread_or_task"],
-        ["tests/test_api.py", SURVIVORS, "tests/test_differences.py", "-k", _EXPIRES],
+        ["_send_owed", "expires", "_seconds", "_place", "_thread_or_task"],
+        [
+            "tests/test_api.py",
+            "tests/test_client_mends.py",
+            SURVIVORS,
+            "tests/test_differences.py",
+            "-k",
+            _EXPIRES,
+        ],
     ),
 ]
+
+
+def file_of(target: Target) -> Path:
+    """Where the module lies."""
+    return PACKAGE.joinpath(*target.module.split(".")).with_suffix(".py")
 
 
 class _InMemory(importlib.abc.MetaPathFinder, importlib.abc.Loader):
@@ -101,7 +115,7 @@ def start(target: Target, tree: ast.Module) -> int:
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
-    path = PACKAGE / f"{target.module}.py"
+    path = file_of(target)
     code = compile(tree, str(path), "exec")
     sys.meta_path.insert(0, _InMemory(f"elastic_timer.{target.module}", path, code))
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
@@ -140,7 +154,7 @@ def main() -> int:
     for target in TARGETS:
         if options.modules and target.module not in options.modules:
             continue
-        source = (PACKAGE / f"{target.module}.py").read_text()
+        source = file_of(target).read_text()
         untouched = start(target, ast.parse(source))
         if os.waitpid(untouched, 0)[1] != 0:
             print(f"{target.module}: the tests fail without any change")
@@ -154,7 +168,7 @@ def main() -> int:
                 alive.append(mutant)
                 if mutant.change not in equivalent:
                     unknown += 1
-                    print(f"{target.module}.py:{mutant.line}: {mutant.change}", flush=True)
+                    print(f"{target.module}:{mutant.line}: {mutant.change}", flush=True)
         killed += len(mutants) - len(alive)
         total += len(mutants)
         print(

@@ -5,7 +5,7 @@ from __future__ import annotations
 _PRUNING = "the heap is only rebuilt a little earlier or later; its bound holds"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
-    "_timer_table": {
+    "_server.table": {
         "for _, _, worker, scope in sorted(due, key=lambda entry: entry[:2]):  ->  "
         "for _, _, worker, scope in sorted(due, key=lambda entry: entry[:3]):": (
             "serials differ, so the third is never compared"
@@ -22,7 +22,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if len(self._heap) > 2 * self._size + _HEAP_SLACK:  ->  "
         "if len(self._heap) > 2 * self._size - _HEAP_SLACK:": _PRUNING,
     },
-    "_wire": {
+    "_transport.wire": {
         "encode_line_again = functools.lru_cache(maxsize=64)(encode_line)  ->  "
         "encode_line_again = functools.lru_cache(maxsize=65)(encode_line)": (
             "the size of a cache changes no result"
@@ -31,6 +31,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
             "at 0 the same text is read again, and refused for the same reason"
         ),
     },
+    "_server.process": {},
+    "_server.workers": {},
     "api": {
         "loop = getattr(asyncio, '_get_running_loop', lambda: None)()  ->  "
         "loop = getattr(asyncio, '_get_running_loop')()": (

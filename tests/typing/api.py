@@ -214,7 +214,9 @@ request_queue = MultiprocessingRequestQueue(queue)
 assert_type(request_queue.size(), int)
 assert_type(request_queue.get(1, 0.5), list[TimerRequest])
 assert_type(request_queue.open(), int | None)
-assert_type(request_queue.drain(), list[TimerRequest])
+assert_type(request_queue.drain(everything=True), list[TimerRequest])
+assert_type(request_queue.has_descriptor(), bool)
+request_queue.forget_parent()
 request_queue.close()
 
 # --- servers of one's own

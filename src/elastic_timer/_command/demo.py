@@ -9,7 +9,6 @@ import ctypes
 import dataclasses
 import logging
 import os
-import selectors
 import signal
 import subprocess
 import sys
@@ -133,7 +132,6 @@ class _Stage:
             process = subprocess.Popen(
                 [sys.executable, "-m", __name__, name],
                 env={**os.environ, "TORCHELASTIC_TIMER_FILE": self._timer_file},
-                stdout=subprocess.PIPE,  # Never written to: its end is the worker's end.
             )
             worker = self._workers[process.pid] = _Worker(name, process)
         self._tell(worker, f"started as process {process.pid}")
@@ -164,17 +162,13 @@ class _Stage:
     def watch(self) -> None:
         """Wait until every worker has ended, or should have."""
         give_up = time.monotonic() + _PATIENCE
-        with selectors.DefaultSelector() as selector:
-            for worker in self._workers.values():
-                assert worker.process.stdout is not None
-                selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-            while selector.get_map() and time.monotonic() < give_up:
-                for key, _ in selector.select(give_up - time.monotonic()):
-                    selector.unregister(key.fileobj)
-                    worker = key.data
-                    worker.process.wait()
-                    worker.ended = time.time()
-                    self._tell(worker, f"ended: {worker.how_it_ended}")
+        alive = list(self._workers.values())
+        while alive and time.monotonic() < give_up:
+            for worker in filter(lambda each: each.process.poll() is not None, alive.copy()):
+                worker.ended = time.time()
+                self._tell(worker, f"ended: {worker.how_it_ended}")
+                alive.remove(worker)
+            time.sleep(0.001)
 
     def clear(self) -> None:
         """Leave no worker behind."""
@@ -184,22 +178,18 @@ class _Stage:
 
     def conclude(self) -> int:
         """Print the closing table; the exit status."""
-        rows = [("worker", "scope", "deadline", "how it ended", "late")]
+        row = "{:26}{:14}{:12}{:20}{}".format
+        print("\n" + row("worker", "scope", "deadline", "how it ended", "late"))
+        went_well = True
         for worker in self._workers.values():
             due = "-" if worker.deadline is None else f"{worker.deadline - self._started:.3f} s"
-            rows.append((worker.name, worker.scope, due, worker.how_it_ended, worker.lateness))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        print()
-        for row in rows:
-            cells = (f"{cell:{width}}" for cell, width in zip(row, widths, strict=True))
-            print("  ".join(cells).rstrip())
+            print(row(worker.name, worker.scope, due, worker.how_it_ended, worker.lateness))
+            is_stuck = worker.name in _STUCK
+            # One that has no end was ended by `clear`, not by the server.
+            went_well &= worker.ended is not None and worker.reaped == is_stuck
+            went_well &= worker.process.returncode == (-signal.SIGKILL if is_stuck else 0)
         print(f"\nThe scopes are lines of {__file__}")
-        reaped = {worker.name for worker in self._workers.values() if worker.reaped}
-        # One that has no end was ended by `clear`, not by the server.
-        if reaped == _STUCK and all(
-            worker.ended and worker.process.returncode == (-signal.SIGKILL if worker.reaped else 0)
-            for worker in self._workers.values()
-        ):
+        if went_well:
             print("Exactly the two stuck workers were reaped.")
             return 0
         print("Something went wrong: other workers than the two stuck ones were reaped, or fewer.")

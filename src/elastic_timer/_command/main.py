@@ -7,10 +7,8 @@ import contextlib
 import logging
 import math
 import os
-import shlex
 import signal
 import sys
-import time
 from collections.abc import Sequence
 
 from elastic_timer import __version__
@@ -34,11 +32,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, unknown = _parser().parse_known_args(given[:end])
     options.command = given[end + 1 :]
     if unknown:
-        options.parser.error(_unrecognized(unknown, given))
-    logging.basicConfig(format="%(message)s", handlers=[_StderrHandler()])
+        is_command = given[0] == "run" and "--" not in given
+        hint = "; write -- before COMMAND" if is_command else ""
+        options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
+    logging.basicConfig(
+        format="elastic-timer %(asctime)s.%(msecs)03d%(whose)s: %(message)s",
+        datefmt="%H:%M:%S",
+        handlers=[_StderrHandler()],
+    )
     try:
-        status: int = options.action(options)
-        return status
+        return options.action(options)  # type: ignore[no-any-return]  # argparse has no types.
     except KeyboardInterrupt:
         return ENDED_BY_SIGNAL + signal.SIGINT
 
@@ -96,16 +99,6 @@ def _positive_seconds(text: str) -> float:
     return seconds
 
 
-def _unrecognized(unknown: list[str], given: list[str]) -> str:
-    """What to say of arguments that no option takes: mostly they are a COMMAND."""
-    problem = f"unrecognized arguments: {' '.join(unknown)}"
-    if given[0] != "run" or "--" in given or unknown[0].startswith("-"):
-        return problem
-    start = given.index(unknown[0])
-    meant = ["elastic-timer", *given[:start], "--", *given[start:]]
-    return f"{problem}\nwrite -- before COMMAND: {shlex.join(meant)}"
-
-
 def _demo(options: argparse.Namespace) -> int:
     from elastic_timer._command.demo import demo
 
@@ -140,10 +133,9 @@ class _StderrHandler(logging.Handler):
     """
 
     def handle(self, record: logging.LogRecord) -> bool:
-        moment = time.strftime("%H:%M:%S", time.localtime(record.created))
         rank = getattr(record, "timer_rank", None)
-        whose = "" if rank is None else f" [rank {rank}]"
-        line = f"elastic-timer {moment}.{record.msecs:03.0f}{whose}: {self.format(record)}\n"
+        record.whose = "" if rank is None else f" [rank {rank}]"
+        line = self.format(record) + "\n"
         with contextlib.suppress(OSError):
             os.write(_STDERR, line.encode(errors="backslashreplace"))
         return True

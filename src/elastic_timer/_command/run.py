@@ -107,6 +107,9 @@ def _start(command: list[str], timer_file: str, mask: Set[int]) -> int:
     environment = {**os.environ, "TORCHELASTIC_TIMER_FILE": timer_file}
     # With it torchrun would start a server of its own, and replace our FIFO.
     environment.pop("TORCHELASTIC_ENABLE_FILE_TIMER", None)
+    # Otherwise torchrun 2.13 hands the store of the reaped attempt on to the next one, whose ranks
+    # then look for each other at the addresses of the dead.
+    environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     ignored = [getattr(signal, name) for name in _IGNORED_BY_PYTHON if hasattr(signal, name)]
 
     def spawn(arguments: list[str]) -> int:

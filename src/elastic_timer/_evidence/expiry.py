@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from elastic_timer import _clock
 from elastic_timer._evidence.facts import (
@@ -19,7 +19,7 @@ from elastic_timer._evidence.stacks import Stacks, ThreadStack, take_stacks
 from elastic_timer._server.process import environment_of, ranks, refusal
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 _MOST_DESCENDANTS = 32  # of one worker
 
@@ -31,6 +31,15 @@ _STATES = {
     "t": "stopped by a debugger",
     "Z": "ended, not waited for",
     "I": "idle",
+}
+
+_WORDS: dict[str, Callable[[Any], str]] = {
+    "state": lambda state: f"state {state} ({_STATES.get(state, 'unknown')})",
+    "system_call": "in system call {}".format,
+    "wait_channel": "waiting in {}".format,
+    "threads": lambda count: "1 thread" if count == 1 else f"{count} threads",
+    "resident_bytes": lambda size: f"{size / 2**20:.1f} MiB resident",
+    "age_seconds": "{:.1f} s old".format,
 }
 
 # A thread that runs in no other files is one that a library keeps in the background. User code may
@@ -117,31 +126,31 @@ def collect(
 def _descendants(
     workers: Mapping[int, object], deadline: float | None
 ) -> dict[int, list[Descendant]]:
-    """The descendants of each worker, but for those that are such workers themselves."""
-    if deadline is None:
-        return {pid: [] for pid in workers}
-    found = {
-        pid: {child: read_facts(child) for child in descendants_of(pid, workers, _MOST_DESCENDANTS)}
-        # Those of init are everybody, those of the server all of its workers.
-        if refusal(pid) is None
-        else {}
+    """The descendants of each worker, but for those that are such workers themselves.
+
+    There are none where no stacks are wanted: that asks for the shortest way to the kill.
+    """
+    # The children of init are everybody's, those of the server are all of its workers.
+    owners = {
+        child: pid
         for pid in workers
+        if deadline is not None and refusal(pid) is None
+        for child in descendants_of(pid, workers, _MOST_DESCENDANTS)
     }
-    states = {child: facts["state"] for each in found.values() for child, facts in each.items()}
-    stacks = take_stacks(states, deadline)
-    return {
-        pid: [
+    facts = {child: read_facts(child) for child in owners}
+    stacks = take_stacks({child: known["state"] for child, known in facts.items()}, deadline)
+    found: dict[int, list[Descendant]] = {pid: [] for pid in workers}
+    for child, pid in owners.items():
+        found[pid].append(
             {
                 "pid": child,
-                "command": facts["command"],
-                "state": facts["state"],
-                "system_call": facts["system_call"],
+                "command": facts[child]["command"],
+                "state": facts[child]["state"],
+                "system_call": facts[child]["system_call"],
                 **stacks[child],
             }
-            for child, facts in each.items()
-        ]
-        for pid, each in found.items()
-    }
+        )
+    return found
 
 
 def log_fields(values: Mapping[str, object]) -> dict[str, object]:
@@ -159,16 +168,14 @@ def describe(evidence: Evidence) -> str:
     ]
     if evidence["command"]:
         lines.append(f"  command: {evidence['command']}")
-    facts = ", ".join(_facts_in_words(evidence))
-    if facts:
+    if facts := _in_words(evidence):
         lines.append(f"  {facts}")
     lines += [f"  {line}" for line in describe_stacks(evidence)]
     for descendant in evidence["descendants"]:
-        told = [descendant["command"] or "", ", ".join(_activity_in_words(descendant))]
+        told = [descendant["command"] or "", _in_words(descendant)]
         stacks = describe_stacks(descendant)
-        if (
-            descendant["stacks"] is None
-        ):  # as of every process that runs no Python: on the same line
+        # Of a process that runs no Python there is one line: the reason is on it, too.
+        if descendant["stacks"] is None:
             told += stacks
             stacks = []
         lines.append(f"  descendant {descendant['pid']}: {'; '.join(filter(None, told))}")
@@ -222,23 +229,8 @@ def _expiration_and_scope(request: str) -> tuple[float, str]:
         return math.inf, one_line(str(request))
 
 
-def _activity_in_words(activity: Activity) -> list[str]:
-    words = []
-    if activity["state"] is not None:
-        words.append(f"state {activity['state']} ({_STATES.get(activity['state'], 'unknown')})")
-    if activity["system_call"] is not None:
-        words.append(f"in system call {activity['system_call']}")
-    return words
-
-
-def _facts_in_words(facts: Facts) -> list[str]:
-    words = _activity_in_words(facts)
-    if facts["wait_channel"] is not None:
-        words.append(f"waiting in {facts['wait_channel']}")
-    if facts["threads"] is not None:
-        words.append(f"{facts['threads']} thread{'s' if facts['threads'] != 1 else ''}")
-    if facts["resident_bytes"] is not None:
-        words.append(f"{facts['resident_bytes'] / 2**20:.1f} MiB resident")
-    if facts["age_seconds"] is not None:
-        words.append(f"{facts['age_seconds']:.1f} s old")
-    return words
+def _in_words(known: Mapping[str, Any]) -> str:
+    """What `/proc` told of a process, but for its command."""
+    return ", ".join(
+        say(known[name]) for name, say in _WORDS.items() if known.get(name) is not None
+    )

@@ -5,9 +5,10 @@ Nothing here needs the process's cooperation: it may hold the GIL in C code, or 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 from elastic_timer._server.process import stat_of
 
@@ -19,18 +20,17 @@ _TEXT_KEPT = 300
 # The calls in which workers hang; others are reported by their number.
 _SYSTEM_CALLS = {
     "x86_64": {
-        0: "read", 1: "write", 7: "poll", 16: "ioctl", 23: "select", 34: "pause",
-        35: "nanosleep", 42: "connect", 43: "accept", 44: "sendto", 45: "recvfrom",
-        46: "sendmsg", 47: "recvmsg", 61: "wait4", 72: "fcntl", 73: "flock", 74: "fsync",
-        202: "futex", 230: "clock_nanosleep", 232: "epoll_wait", 247: "waitid",
-        257: "openat", 270: "pselect6", 271: "ppoll", 281: "epoll_pwait", 288: "accept4",
+        0: "read", 1: "write", 7: "poll", 16: "ioctl", 23: "select", 34: "pause", 35: "nanosleep",
+        42: "connect", 43: "accept", 44: "sendto", 45: "recvfrom", 46: "sendmsg", 47: "recvmsg",
+        61: "wait4", 72: "fcntl", 73: "flock", 74: "fsync", 202: "futex", 230: "clock_nanosleep",
+        232: "epoll_wait", 247: "waitid", 257: "openat", 270: "pselect6", 271: "ppoll",
+        281: "epoll_pwait", 288: "accept4",
     },
     "aarch64": {
         22: "epoll_pwait", 25: "fcntl", 29: "ioctl", 32: "flock", 56: "openat", 63: "read",
         64: "write", 72: "pselect6", 73: "ppoll", 82: "fsync", 95: "waitid", 98: "futex",
-        101: "nanosleep", 115: "clock_nanosleep", 202: "accept", 203: "connect",
-        206: "sendto", 207: "recvfrom", 211: "sendmsg", 212: "recvmsg", 242: "accept4",
-        260: "wait4",
+        101: "nanosleep", 115: "clock_nanosleep", 202: "accept", 203: "connect", 206: "sendto",
+        207: "recvfrom", 211: "sendmsg", 212: "recvmsg", 242: "accept4", 260: "wait4",
     },
 }  # fmt: skip
 
@@ -54,15 +54,7 @@ class Facts(Activity):
 
 def read_facts(pid: int) -> Facts:
     """What `/proc` tells of a process; all `None` where it is gone or there is no `/proc`."""
-    facts: Facts = {
-        "command": None,
-        "state": None,
-        "wait_channel": None,
-        "system_call": None,
-        "threads": None,
-        "resident_bytes": None,
-        "age_seconds": None,
-    }
+    facts = cast("Facts", dict.fromkeys(Facts.__annotations__))
     fields = stat_of(pid)
     if not fields:
         return facts
@@ -71,9 +63,7 @@ def read_facts(pid: int) -> Facts:
     facts["threads"] = int(fields[17])
     facts["age_seconds"] = round(time.clock_gettime(time.CLOCK_BOOTTIME) - started, 2)
     facts["resident_bytes"] = int(fields[21]) * os.sysconf("SC_PAGE_SIZE")
-    channel = _read(pid, "wchan")
-    if channel != "0":  # "0": running, or not permitted
-        facts["wait_channel"] = channel or None
+    facts["wait_channel"] = _read(pid, "wchan").lstrip("0") or None  # "0": running, or forbidden
     number = _read(pid, "syscall").partition(" ")[0]
     if number.isdigit():  # not "running", nor "-1": waiting outside a system call
         names = _SYSTEM_CALLS.get(os.uname().machine, {})
@@ -93,7 +83,10 @@ def descendants_of(pid: int, but: Mapping[int, object], most: int) -> list[int]:
     """
     found = [pid]
     for parent in found:  # which grows meanwhile
-        for thread in _threads_of(parent):
+        threads: list[str] = []
+        with contextlib.suppress(OSError):
+            threads = os.listdir(f"/proc/{parent}/task")
+        for thread in threads:
             # Cut at the last blank: the file may be longer than what is read of it.
             listed = _read(parent, f"task/{thread}/children").rpartition(" ")[0].split()
             for child in map(int, listed):
@@ -109,13 +102,6 @@ def one_line(text: str) -> str:
     """The text on one line, without control characters, at a sane length."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= _TEXT_KEPT else line[: _TEXT_KEPT - 3] + "..."
-
-
-def _threads_of(pid: int) -> list[str]:
-    try:
-        return os.listdir(f"/proc/{pid}/task")
-    except OSError:
-        return []
 
 
 def _read(pid: int, name: str, most: int = 4096) -> str:

@@ -71,80 +71,72 @@ def take_stacks(states: Mapping[int, str | None], deadline: float | None) -> dic
     Returns:
         The stacks of each pid.
     """
-    taken = {pid: _no_dump(pid, state, deadline) for pid, state in states.items()}
-    wanted = {pid: states[pid] for pid, reason in taken.items() if reason is None}
+    taken = {
+        pid: _missing(reason)
+        for pid, state in states.items()
+        if (reason := _no_dump(pid, state, deadline))
+    }
+    wanted = {pid: state for pid, state in states.items() if pid not in taken}
+    reason = "the time for stacks was used up by other processes"
     if wanted and deadline is not None:
-        program = find_py_spy()
-        if program is None:
-            absent = _missing('py-spy was not found: install it with "pip install py-spy"')
-            taken |= dict.fromkeys(wanted, absent)
-        else:
-            try:
-                taken |= _dump_all(program, wanted, deadline)
-            except Exception as error:  # a reap must never fail for want of a stack
-                taken |= dict.fromkeys(wanted, _missing(f"py-spy: {one_line(repr(error))}"))
-    used_up = _missing("the time for stacks was used up by other processes")
-    return {pid: stacks or used_up for pid, stacks in taken.items()}
+        try:
+            _dump_all(wanted, deadline, taken)
+        except Exception as error:  # a reap must never fail for want of a stack
+            reason = f"py-spy: {one_line(repr(error))}"
+    return {pid: taken.get(pid) or _missing(reason) for pid in states}
 
 
 def _missing(reason: str) -> Stacks:
     return {"stacks": None, "stacks_missing": reason}
 
 
-def _no_dump(pid: int, state: str | None, deadline: float | None) -> Stacks | None:
+def _no_dump(pid: int, state: str | None, deadline: float | None) -> str | None:
     """Why a process is not to be dumped; `None` where it is."""
     if deadline is None:
-        return _missing("switched off")
+        return "switched off"
     # Above all not the server's own process: who would end a py-spy that has stopped it?
     reason = refusal(pid)
-    if reason is not None:
-        return _missing(reason)
-    if pid < 0:
-        return _missing("a process group, not a process")
+    if reason is not None or pid < 0:
+        return reason or "a process group, not a process"
     # Not read off a missing state: that may as well be for want of descriptors.
     gone = os.path.exists("/proc/self") and not os.path.exists(f"/proc/{pid}")
-    return _missing("the process has ended") if gone or state == "Z" else None
+    return "the process has ended" if gone or state == "Z" else None
 
 
-def _dump_all(program: str, states: Mapping[int, str | None], deadline: float) -> dict[int, Stacks]:
-    """The stacks of those processes whose dump could be begun before the deadline."""
-    taken: dict[int, Stacks] = {}
+def _dump_all(states: Mapping[int, str | None], deadline: float, taken: dict[int, Stacks]) -> None:
+    """Add the stacks of those processes whose dump could be begun before the deadline."""
+    program = find_py_spy()
+    if program is None:
+        absent = _missing('py-spy was not found: install it with "pip install py-spy"')
+        taken.update(dict.fromkeys(states, absent))
+        return
+    dumps: list[_Dump] = []
     waiting = list(states.items())[::-1]
-    running: set[_Dump] = set()
-    ended: list[_Dump] = []
     # Not left to subprocess: it waits by a clock that may be frozen, and keeps without limit what
     # a py-spy writes.
     with selectors.DefaultSelector() as selector:
         try:
-            while (left := deadline - _clock.monotonic()) > 0 and (waiting or running):
-                if waiting and len(running) < _PARALLEL_DUMPS:
-                    pid, state = waiting.pop()
-                    try:
-                        running.add(_Dump(program, pid, state, selector))
-                    except OSError as error:
-                        reason = f"py-spy could not be started: {one_line(str(error))}"
-                        taken[pid] = _missing(reason)
-                    continue
-                for key, _ in selector.select(left):
-                    dump: _Dump = key.data
-                    if dump in running and dump.has_all(key.fd):
-                        taken[dump.pid] = dump.end()
-                        running.remove(dump)
-                        ended.append(dump)
+            while (left := deadline - _clock.monotonic()) > 0:
+                running = sum(dump.pid not in taken for dump in dumps)
+                if waiting and running < _PARALLEL_DUMPS:
+                    dumps.append(_Dump(program, *waiting.pop(), selector))
+                elif running:
+                    for key, _ in selector.select(left):
+                        dump: _Dump = key.data
+                        if dump.pid not in taken and dump.has_all(key.fd):
+                            taken[dump.pid] = dump.end()
+                else:
+                    break
         finally:
-            for dump in running:
-                # All of it may be there: a child forked meanwhile keeps the pipe open, not py-spy.
-                taken[dump.pid] = dump.end("py-spy did not end in time")
-            _reap([dump.process for dump in (*ended, *running)], deadline + _REAP_PATIENCE)
-    return taken
-
-
-def _reap(processes: list[subprocess.Popen[bytes]], deadline: float) -> None:
-    """Wait for processes that were killed, which may take long where the kernel is in their way."""
-    while (processes := [each for each in processes if each.poll() is None]) and (
-        _clock.monotonic() < deadline
-    ):
-        time.sleep(0.0005)
+            for dump in dumps:
+                if dump.pid not in taken:
+                    # All of it may be there: a child forked meanwhile keeps the pipe open.
+                    taken[dump.pid] = dump.end("py-spy did not end in time")
+            # Killed they end at once, but where the kernel is in their way.
+            while any(dump.process.poll() is None for dump in dumps) and (
+                _clock.monotonic() < deadline + _REAP_PATIENCE
+            ):
+                time.sleep(0.0005)
 
 
 class _Dump:
@@ -176,26 +168,21 @@ class _Dump:
             stderr=subprocess.PIPE,
             start_new_session=True,
         )
-        assert self.process.stdout is not None
-        assert self.process.stderr is not None
-        self._output = bytearray()
-        self._errors = bytearray()
-        self._written = {
-            self.process.stdout.fileno(): self._output,
-            self.process.stderr.fileno(): self._errors,
-        }
         self._selector = selector
-        for descriptor in self._written:
+        self._pipes = [pipe for pipe in (self.process.stdout, self.process.stderr) if pipe]
+        self._open = {pipe.fileno(): bytearray() for pipe in self._pipes}
+        self._written = list(self._open.values())
+        for descriptor in self._open:
             selector.register(descriptor, selectors.EVENT_READ, self)
 
     def has_all(self, descriptor: int) -> bool:
         """Read what there is; whether that is the end of it, or too much."""
         chunk = os.read(descriptor, 1 << 16)
-        self._written[descriptor] += chunk
+        self._open[descriptor] += chunk
         if not chunk:
             self._selector.unregister(descriptor)
-            del self._written[descriptor]
-        return not self._written or len(self._output) + len(self._errors) > _MOST_OUTPUT
+            del self._open[descriptor]
+        return not self._open or self._is_too_much()
 
     def end(self, reason: str | None = None) -> Stacks:
         """Kill it, with whatever it started.
@@ -208,16 +195,20 @@ class _Dump:
         """
         with contextlib.suppress(OSError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        for descriptor in self._written:
+        for descriptor in self._open:
             self._selector.unregister(descriptor)
-        for pipe in filter(None, (self.process.stdout, self.process.stderr)):
+        for pipe in self._pipes:
             pipe.close()
-        if len(self._output) + len(self._errors) > _MOST_OUTPUT:
+        if self._is_too_much():
             return _missing(f"py-spy wrote more than {_MOST_OUTPUT >> 20} MiB")
+        output, errors = self._written
         try:
-            return {"stacks": _threads(self._output, self.pid), "stacks_missing": None}
+            return {"stacks": _threads(output, self.pid), "stacks_missing": None}
         except Exception:  # whatever its output is
-            return _missing(reason or _reason(self._errors.decode(errors="replace")))
+            return _missing(reason or _reason(errors.decode(errors="replace")))
+
+    def _is_too_much(self) -> bool:
+        return sum(map(len, self._written)) > _MOST_OUTPUT
 
 
 def _threads(output: bytearray, pid: int) -> list[ThreadStack]:

@@ -91,8 +91,11 @@ class Loop:
         # A start that was interrupted may still bring its thread to life.
         self._run.stop_requested.set()
         self._run = run = _Run()
+        # Since Python 3.13 a child of multiprocessing waits for threads that are no daemons before
+        # it comes to what stops them.
+        daemon = self._daemon or _is_child_of_multiprocessing()
         run.thread = threading.Thread(
-            target=self._serve, args=(run,), name=self._name, daemon=self._daemon
+            target=self._serve, args=(run,), name=self._name, daemon=daemon
         )
         try:
             run.thread.start()
@@ -320,14 +323,18 @@ def _stop_all() -> None:
         callbacks.give_up_on_the_log()
 
 
+def _is_child_of_multiprocessing() -> bool:
+    process = sys.modules.get("multiprocessing.process")
+    return process is not None and process.parent_process() is not None
+
+
 _pid_with_finalizer = 0
 
 
 def _stop_at_the_end_of_a_child() -> None:
     """Have servers stopped where multiprocessing ends a child, past `atexit`."""
     global _pid_with_finalizer
-    process = sys.modules.get("multiprocessing.process")
-    if process is None or process.parent_process() is None or _pid_with_finalizer == os.getpid():
+    if not _is_child_of_multiprocessing() or _pid_with_finalizer == os.getpid():
         return
     from multiprocessing.util import Finalize
 

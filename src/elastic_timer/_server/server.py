@@ -158,6 +158,8 @@ class ProcessServer(Generic[_R]):
         # What overdue workers were sent in this round.
         self._sent: list[int] = []
         self._looked_at = 0.0
+        # A round that raises between the two has left workers to the next one, which must not wait.
+        self._is_unfinished = False
         self._retries: dict[int, _Retry] = {}
         self._signalled: dict[int, _Signalled[_R]] = {}
 
@@ -295,11 +297,13 @@ class ProcessServer(Generic[_R]):
         self._register(requests)
 
         self._looked_at = _clock.monotonic()
+        self._is_unfinished = True
         with self._workers.clock.present() as now:
             expired = self._find_expired(now)
             self._workers.settle(now)
             self._reap_all(expired, now)
         self._follow_up()
+        self._is_unfinished = False
 
     def _reap_all(self, expired: dict[int, list[_R]], now: float) -> None:
         """Report the workers whose timers have expired at `now` (epoch), and reap them."""
@@ -307,12 +311,13 @@ class ProcessServer(Generic[_R]):
         fresh = {pid: timers for pid, timers in expired.items() if pid not in self._retries}
         due = [pid for pid in expired if pid in fresh or self._retries[pid].at <= self._looked_at]
         evidence = self._contained(lambda: self._report(fresh), lambda: {})
-        for pid in due:
-            # A release that was written before the signal is honoured, however late it comes.
-            if self._take_last_minute():
-                expired = self._find_expired(now)
-            if pid in expired:
-                self._reap(pid, expired[pid], evidence.get(pid) if pid in fresh else None)
+        with self._events.held():
+            for pid in due:
+                # A release that was written before the signal is honoured, however late it comes.
+                if self._take_last_minute():
+                    expired = self._find_expired(now)
+                if pid in expired:
+                    self._reap(pid, expired[pid], evidence.get(pid))
         killed = {pid for pid in due if self._workers.was_killed(pid)}
         if killed:
             self._contained(lambda: self.clear_timers(killed), lambda: self._workers.clear(killed))
@@ -338,6 +343,8 @@ class ProcessServer(Generic[_R]):
 
     def _next_due(self) -> float:
         """The monotonic time at which something has to be done; infinite where nothing has."""
+        if self._is_unfinished:
+            return self._looked_at
         due = [retry.at for retry in self._retries.values()]
         due += [signalled.until for signalled in self._signalled.values()]
         deadline = self._workers.next_deadline()
@@ -389,14 +396,16 @@ class ProcessServer(Generic[_R]):
         is_retry = pid in self._retries
         ranks = self._workers.ranks(pid)
         timers = sorted(timers, key=lambda timer: timer.expiration_time)
-        fatal = next((timer for timer in timers if self._signal_for(timer) > 0), None)
-        for timer in timers[: len(timers) if fatal is None else timers.index(fatal) + 1]:
+        for timer in timers:
+            signal = self._signal_for(timer)
+            late = self._workers.seconds_late(timer)
             if not is_retry:
-                late = self._workers.seconds_late(timer)
                 self._events.publish(
                     TimerExpired(_clock.epoch(), pid, *ranks, timer, late, evidence)
                 )
-        if fatal is None:
+            if signal > 0:
+                break
+        else:
             logger.info("Worker %s is not signalled: its expired timers only report", pid)
             self._workers.drop(timers)
             return
@@ -406,7 +415,6 @@ class ProcessServer(Generic[_R]):
             logger.warning("Worker %s has overrun its deadline, and is left alone: %s", pid, reason)
             self._workers.drop(timers)
             return
-        signal = self._signal_for(fatal)
         pause = self._signal(pid, signal)
         if pause is not None:
             logger.error("Worker %s could not be signalled; trying again until it can be", pid)
@@ -417,12 +425,12 @@ class ProcessServer(Generic[_R]):
         self._sent.append(signal)
         self._retries.pop(pid, None)
         late = self._workers.seconds_late(timers[0])
-        self._note_signal(pid, fatal, signal)
+        self._note_signal(pid, timer, signal)
         # Only these: what else it holds counts on, where it outlives the signal.
         self._workers.drop(timers)
-        scopes = [timer.scope_id for timer in timers]
+        scopes = [expired.scope_id for expired in timers]
         self._events.publish(
-            WorkerSignalled(_clock.epoch(), pid, *ranks, fatal, signal, late, scopes)
+            WorkerSignalled(_clock.epoch(), pid, *ranks, timer, signal, late, scopes)
         )
 
     def _signal(self, pid: int, signal: int) -> float | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
 import itertools
 import os
 import stat
@@ -15,6 +14,7 @@ from typing import Generic, TypeVar
 from elastic_timer import _clock
 from elastic_timer._server.callbacks import contained_logger
 from elastic_timer._transport.pipe import CAPACITY, close_descriptors, enlarge
+from elastic_timer._transport.rubbish import RubbishLog
 from elastic_timer._transport.wire import SHORTEST_REQUEST, LineBuffer, decode
 
 logger = contained_logger(__name__)
@@ -28,15 +28,17 @@ _READ_SIZE = 1 << 16
 # keep the pipe full, and others would find no room in it.
 _ROUND_SIZE = CAPACITY // 2
 
-# How many unreadable lines of a second are named one by one: a warning takes longer than the line
-# took to write.
-_NAMED_LINES = 10
-
 # How long to wait for other servers to be done with the folder, in seconds. They take less than a
 # millisecond; anybody who may read the folder could have it locked for ever.
 _FOLDER_PATIENCE = 1.0
 # While clients are served, their deadlines come first.
 _MEND_PATIENCE = 0.05
+
+_IN_USE = "a timer server reads it already; stop that one, or give another path"
+_MEDDLED_WITH = (
+    "another user has put something in the FIFO's place; "
+    "give a path in a folder that only this user may write to"
+)
 
 
 class FifoSource(Generic[_R]):
@@ -65,16 +67,16 @@ class FifoSource(Generic[_R]):
         self._make_request = make_request
         # Absolute, or a later chdir() would make us remove a file somewhere else.
         self._path = os.path.abspath(path)
-        self._identity: tuple[int, int] | None = None
-        # Made perhaps, and not identified yet.
-        self._is_making = False
-        # Its reading end and its writing end, and what is open for a moment. Opened and closed
-        # within one call into C each: an interrupt can't come between a descriptor and its list.
+        # Each of these lists is filled and emptied within one call into C: an interrupt can't come
+        # between what was made or opened and the note of it.
+        # The FIFO as it was when it was made here; empty before and behind that.
+        self._made: list[os.stat_result] = []
+        # The reading end and the writing end.
         self._ends: list[int] = []
-        self._others: list[int] = []
+        # The folder, while it is locked.
+        self._folder: list[int] = []
         self._lines = LineBuffer()
-        self._names_left = self._unnamed = 0
-        self._names_again_at = 0.0
+        self._rubbish = RubbishLog(logger)
         try:
             with self._locked_folder(_FOLDER_PATIENCE):
                 self._make()
@@ -82,8 +84,11 @@ class FifoSource(Generic[_R]):
             self.close()
             raise
 
-    def open(self) -> int:
+    def open(self, patience: float = _FOLDER_PATIENCE) -> int:
         """Open it, and make it anew where it is not in place.
+
+        Args:
+            patience: How many seconds to wait for other servers to be done with the folder.
 
         Returns:
             The descriptor to wait on.
@@ -93,10 +98,26 @@ class FifoSource(Generic[_R]):
                 server has begun to read it.
             PermissionError: Another user meddles with what lies there.
         """
+        # The end of a line that was begun in another FIFO does not come any more.
         self._lines = LineBuffer()
-        with self._locked_folder(_FOLDER_PATIENCE):
-            self._make()
-            self._open_ends()
+        before = len(self._ends)
+        flags = os.O_NONBLOCK | os.O_NOFOLLOW
+        try:
+            with self._locked_folder(patience):
+                self._make()
+                # Without a writer of our own a FIFO reads as ended as soon as a client has closed
+                # it, and waiting for it would return at once for ever.
+                self._ends.extend(
+                    map(os.open, [self._path] * 2, [os.O_RDONLY | flags, os.O_WRONLY | flags])
+                )
+            if not all(map(self._is_ours, map(os.fstat, self._ends[before:]))):
+                raise self._error(errno.EPERM, _MEDDLED_WITH)
+        except BaseException:
+            close_descriptors(self._ends, [-1] * (len(self._ends) - before))
+            self._remove()  # Or clients would find a FIFO that nobody reads.
+            raise
+        close_descriptors(self._ends, [0] * before)
+        enlarge(self.fileno())
         return self.fileno()
 
     def drain(self, everything: bool = False) -> list[_R]:
@@ -114,24 +135,16 @@ class FifoSource(Generic[_R]):
                 data += chunk
         self.has_read = self.has_read or bool(data)
         lines = self._lines.feed(bytes(data))
-        # Decoded one by one, all the rubbish that a pipe holds would take seconds.
-        likely = [line for line in lines if len(line) >= SHORTEST_REQUEST and b"{" in line]
-        rejected = len(lines) - len(likely)
-        refused: list[tuple[object, bytes]] = []
-        if rejected:
-            unlikely = (line for line in lines if len(line) < SHORTEST_REQUEST or b"{" not in line)
-            refused += [("no object", line) for line in itertools.islice(unlikely, _NAMED_LINES)]
+        # Decoded one by one, all the short lines that a pipe holds would take seconds.
+        likely = [line for line in lines if len(line) >= SHORTEST_REQUEST]
+        if len(likely) < len(lines):
+            self._rubbish.add(min(lines, key=len), "too short", len(lines) - len(likely))
         requests = []
         for line in likely:
             try:
                 requests.append(self._make_request(*decode(line)))
             except ValueError as error:
-                rejected += 1
-                # Kept by the thousand, exceptions and their tracebacks would cost more than all.
-                if len(refused) < _NAMED_LINES:
-                    refused.append((error, line))
-        if rejected:
-            self._warn(refused, rejected)
+                self._rubbish.add(line, error)
         return requests
 
     def fileno(self) -> int:
@@ -147,7 +160,7 @@ class FifoSource(Generic[_R]):
     def is_in_place(self) -> bool:
         """Whether the path still leads to the FIFO made here."""
         found = self._found()
-        return found is not None and _identity_of(found) == self._identity
+        return found is not None and self._is_ours(found)
 
     def is_missing(self) -> bool:
         """Whether nothing at all is at the path."""
@@ -163,34 +176,21 @@ class FifoSource(Generic[_R]):
             OSError: That can't be done; the FIFO from before stays open.
         """
         if not self.is_missing():
-            raise FileExistsError(errno.EEXIST, "something else was put in its place", self._path)
-        before = len(self._ends)
-        try:
-            with self._locked_folder(_MEND_PATIENCE):
-                self._make()
-                self._open_ends()
-        except BaseException:
-            self._remove()  # If it was made and not opened, the next try would find it there.
-            raise
-        close_descriptors(self._ends, [0] * before)
-        return self.fileno()
+            raise self._error(errno.EEXIST, "something else was put in its place")
+        return self.open(_MEND_PATIENCE)
 
     def close(self) -> None:
         """Close it, and remove it from its folder if it is still the one made here."""
         try:
             self._remove()
         finally:
-            self._close_ends()
+            close_descriptors(self._ends)
+            close_descriptors(self._folder)
 
     def forget_parent(self) -> None:
         """Close, in a forked child, what belongs to the parent, and leave its FIFO where it is."""
-        self._is_making = False
-        self._identity = None
-        self._close_ends()
-
-    def _close_ends(self) -> None:
-        close_descriptors(self._ends)
-        close_descriptors(self._others)
+        self._made.clear()
+        self.close()
 
     @contextlib.contextmanager
     def _locked_folder(self, patience: float) -> Iterator[None]:
@@ -200,121 +200,86 @@ class FifoSource(Generic[_R]):
         where somebody keeps it locked for longer than `patience` seconds. What follows is done all
         the same: it then differs only for servers that start at the very same moment.
         """
-        give_up_at = _clock.monotonic() + patience
-        close_descriptors(self._others)  # What is left of a call that was interrupted.
-        try:
-            with contextlib.suppress(ImportError, OSError):
-                import fcntl
+        import fcntl  # Windows has none; it is told so before.
 
+        give_up_at = _clock.monotonic() + patience
+        close_descriptors(self._folder)  # What is left of a call that was interrupted.
+        try:
+            with contextlib.suppress(OSError):
                 folder = os.path.dirname(self._path)
-                self._others.extend(map(os.open, [folder], [os.O_RDONLY | os.O_DIRECTORY]))
+                self._folder.extend(map(os.open, [folder], [os.O_RDONLY | os.O_DIRECTORY]))
                 while _clock.monotonic() < give_up_at:
-                    try:
-                        fcntl.flock(self._others[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    with contextlib.suppress(BlockingIOError):
+                        fcntl.flock(self._folder[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
                         break
-                    except BlockingIOError:
-                        time.sleep(0.002)
+                    time.sleep(0.002)
             yield
         finally:
             # Not by closing it alone: a child forked by another thread may hold a copy.
-            with contextlib.suppress(ImportError, OSError, IndexError):
-                import fcntl
-
-                fcntl.flock(self._others[0], fcntl.LOCK_UN)
-            close_descriptors(self._others)
+            with contextlib.suppress(OSError, IndexError):
+                fcntl.flock(self._folder[0], fcntl.LOCK_UN)
+            close_descriptors(self._folder)
 
     def _make(self) -> None:
         """Make it anew, unless it is there."""
         found = self._found()
         if found is not None:
             if not stat.S_ISFIFO(found.st_mode):
-                raise FileExistsError(
-                    errno.EEXIST, "not a FIFO, so it is left alone; give another path", self._path
+                raise self._error(
+                    errno.EEXIST, "not a FIFO, so it is left alone; give another path"
                 )
             if self._is_read():
-                raise self._in_use()
-            if self.is_in_place():
+                raise self._error(errno.EEXIST, _IN_USE)
+            if self._is_ours(found):
                 return
             os.unlink(self._path)
-        self._is_making = True
+        self._made.clear()
+        path = [self._path]
         try:
-            os.mkfifo(self._path, 0o600)
+            made = itertools.chain(map(os.mkfifo, path, [0o600]), map(os.lstat, path))
+            self._made.extend(filter(None, made))
         except FileNotFoundError as error:
-            self._is_making = False
-            raise FileNotFoundError(
-                errno.ENOENT, "the folder for the FIFO does not exist; make it first", self._path
+            raise self._error(
+                errno.ENOENT, "the folder for the FIFO does not exist; make it first"
             ) from error
         except FileExistsError as error:
-            self._is_making = False
-            raise self._in_use() from error
-        self._identify()
-        self._is_making = False
-
-    def _identify(self) -> None:
-        """Note which FIFO was made, and give its owner the rights that the umask may have taken."""
-        try:
-            # Whatever another user puts in its place meanwhile, this one is looked at and changed.
-            self._others.extend(map(os.open, [self._path], [os.O_PATH | os.O_NOFOLLOW]))
-        except (AttributeError, OSError):  # It is Linux's; or no descriptor is left.
-            status = os.lstat(self._path)
-            make_private = functools.partial(os.chmod, self._path, follow_symlinks=False)
-        else:
-            status = os.fstat(self._others[-1])
-            make_private = functools.partial(os.chmod, f"/proc/self/fd/{self._others[-1]}")
-        if not _is_own_fifo(status):
-            raise self._meddled_with()
+            raise self._error(errno.EEXIST, _IN_USE) from error
+        (status,) = self._made
+        if not self._is_ours(status):
+            raise self._error(errno.EPERM, _MEDDLED_WITH)
+        # The umask may have taken rights from the owner. Of a link nothing is changed.
         if stat.S_IMODE(status.st_mode) != 0o600:
-            make_private(mode=0o600)
-        self._identity = _identity_of(status)
-
-    def _open_ends(self) -> None:
-        # Without a writer of our own a FIFO reads as ended as soon as a client has closed it, and
-        # waiting for it would return at once for ever.
-        flags = os.O_NONBLOCK | os.O_NOFOLLOW
-        before = len(self._ends)
-        try:
-            self._ends.extend(
-                map(os.open, [self._path] * 2, [os.O_RDONLY | flags, os.O_WRONLY | flags])
-            )
-            for end in self._ends[before:]:
-                status = os.fstat(end)
-                if not _is_own_fifo(status) or _identity_of(status) != self._identity:
-                    raise self._meddled_with()
-        except BaseException:
-            close_descriptors(self._ends, [-1] * (len(self._ends) - before))
-            raise
-        enlarge(self._ends[before])
+            os.chmod(self._path, 0o600, follow_symlinks=False)
 
     def _remove(self) -> None:
-        if self._is_making or self.is_in_place():
+        if self.is_in_place():
             with self._locked_folder(_MEND_PATIENCE):
-                if self._is_ours_to_remove():
+                # While it is open, nothing else has its number; later another server's may have it.
+                is_anothers = False
+                with contextlib.suppress(OSError):  # As where no descriptor is left.
+                    is_anothers = not self._ends and self._is_read()
+                if self.is_in_place() and not is_anothers:
                     os.unlink(self._path)
-        self._identity = None
-        self._is_making = False
-
-    def _is_ours_to_remove(self) -> bool:
-        # While it is open, nothing else has its number; later another server's FIFO may have it.
-        if self._ends and self.is_in_place():
-            return True
-        found = self._found()
-        if found is None or not _is_own_fifo(found):
-            return False
-        with contextlib.suppress(OSError):  # As where no descriptor is left.
-            return (self._is_making or self.is_in_place()) and not self._is_read()
-        return True
+        self._made.clear()
 
     def _is_read(self) -> bool:
         """Whether somebody has it open for reading, be it any server."""
         flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOFOLLOW
         try:
-            self._others.extend(map(os.open, [self._path], [flags]))
+            any(map(os.close, map(os.open, [self._path], [flags])))
         except OSError as error:
             if error.errno in (errno.ENXIO, errno.ENOENT):
                 return False
             raise
-        close_descriptors(self._others, [-1])
         return True
+
+    def _is_ours(self, status: os.stat_result) -> bool:
+        """Whether this is the FIFO made here, and belongs to this user."""
+        return (
+            stat.S_ISFIFO(status.st_mode)
+            and status.st_uid == os.geteuid()
+            and any(os.path.samestat(status, made) for made in self._made)
+        )
 
     def _found(self) -> os.stat_result | None:
         try:
@@ -322,40 +287,6 @@ class FifoSource(Generic[_R]):
         except OSError:
             return None
 
-    def _in_use(self) -> FileExistsError:
-        return FileExistsError(
-            errno.EEXIST,
-            "a timer server reads it already; stop that one, or give another path",
-            self._path,
-        )
-
-    def _meddled_with(self) -> PermissionError:
-        return PermissionError(
-            errno.EPERM,
-            "another user has put something in the FIFO's place; "
-            "give a path in a folder that only this user may write to",
-            self._path,
-        )
-
-    def _warn(self, refused: list[tuple[object, bytes]], count: int) -> None:
-        now = _clock.monotonic()
-        is_fresh = now >= self._names_again_at
-        if is_fresh:
-            self._names_left, self._names_again_at = _NAMED_LINES, now + 1
-        named = refused[: self._names_left]
-        for reason, line in named:
-            logger.warning("Dropped a line that is no request: %s: %.100r", reason, line)
-        self._names_left -= len(named)
-        self._unnamed += count - len(named)
-        # Said at once, and then once a second; what comes meanwhile counts the next time.
-        if is_fresh and self._unnamed:
-            logger.warning("Dropped %d more lines that are no requests", self._unnamed)
-            self._unnamed = 0
-
-
-def _identity_of(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
-
-
-def _is_own_fifo(status: os.stat_result) -> bool:
-    return stat.S_ISFIFO(status.st_mode) and status.st_uid == os.geteuid()
+    def _error(self, number: int, problem: str) -> OSError:
+        """The error of that number, which is of the class that Python has for it."""
+        return OSError(number, problem, self._path)

@@ -97,6 +97,14 @@ def too_large(message: bytes) -> RuntimeError:
 
 def has_room(fd: int, timeout: float) -> bool:
     """Wait until a pipe has room for a message, for `timeout` seconds at most; whether it has."""
+    return is_ready(fd, select.POLLOUT, timeout)
+
+
+def is_ready(fd: int, event: int, timeout: float) -> bool:
+    """Wait for an event of poll(2) on a descriptor, for `timeout` seconds at most; whether it came.
+
+    The end of the pipe counts as any event does.
+    """
     poll = select.poll()
-    poll.register(fd, select.POLLOUT)
+    poll.register(fd, event)
     return bool(poll.poll(max(0.0, timeout) * 1000))

@@ -2,8 +2,8 @@
 
 `Queue.put` hands a request to a thread, which needs the GIL to send it, and which takes a lock
 that stays taken if the process is killed at that moment. The frames on the pipe are those of
-`multiprocessing.connection`: the length as a signed 32-bit integer in network order (-1: an
-unsigned 64-bit one follows), then the pickle.
+`multiprocessing.connection`: the length as a signed 32-bit integer in network order, then the
+pickle. What is too long for that has -1 there, and is no request.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import select
 import stat
 import struct
 import weakref
-from math import inf
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from elastic_timer._clock import monotonic
 from elastic_timer._server.callbacks import contained_logger
@@ -28,6 +27,7 @@ from elastic_timer._transport.pipe import (
     close_descriptors,
     enlarge,
     has_room,
+    is_ready,
     too_large,
     write,
 )
@@ -39,8 +39,7 @@ logger = contained_logger(__name__)
 
 _OPEN_FLAGS = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)
 
-_SHORT_LENGTH = struct.Struct("!i")
-_LONG_LENGTH = struct.Struct("!Q")
+_LENGTH = struct.Struct("!i")
 
 # What claims to be longer is no frame at all: waiting for its end could last for ever.
 _LONGEST_FRAME = 1 << 24
@@ -113,7 +112,7 @@ class PipeWriter:
         if self._queue._closed:
             raise ValueError(f"queue {self._queue!r} is closed")
         pickled = pickle.dumps(request)
-        frame = _SHORT_LENGTH.pack(len(pickled)) + pickled
+        frame = _LENGTH.pack(len(pickled)) + pickled
         if len(frame) > PIPE_BUF:
             raise too_large(frame)
         give_up_at = monotonic() + UNREACHABLE_AFTER
@@ -195,7 +194,7 @@ class PipeReader:
 
     def __init__(self, queue: ReadablePipe) -> None:
         self._queue = queue
-        self._sem: _Semaphore | None = getattr(queue, "_sem", None)
+        self._sem: Any = getattr(queue, "_sem", None)  # A SimpleQueue has none.
         # None or one, which an interrupt can't take from between its opening and this list.
         self._fds: list[int] = []
         # Not at exit: that would come before the server is stopped, and pull it from under it.
@@ -214,34 +213,28 @@ class PipeReader:
         """Close the descriptor; the queue itself stays open, and so does what was read ahead."""
         close_descriptors(self._fds)
 
-    def wait(self, timeout: float) -> bool:
-        """Wait for something to read, `timeout` seconds at most; whether there is something."""
-        poll = select.poll()
-        poll.register(self.fileno(), select.POLLIN)
-        return bool(poll.poll(max(0.0, timeout) * 1000))
+    def take(self, limit: float, timeout: float) -> list[bytes]:
+        """Take out pickles that have arrived whole.
 
-    def read(self) -> None:
-        """Read what has arrived."""
-        # Asked first, as the description is shared and has to stay blocking.
-        if self.wait(0):
+        Args:
+            limit: How many at most.
+            timeout: How many seconds to wait for the first one at most.
+        """
+        taken = self._cut(limit)
+        # Waited for, as the description is shared and a read has to stay blocking.
+        if len(taken) < limit and is_ready(self.fileno(), select.POLLIN, 0 if taken else timeout):
             # All that the pipe holds, in one read: a server that is killed between two of them
             # would leave half a frame, and the next would take what follows for its other half.
             self._buffer += os.read(self.fileno(), CAPACITY)
+            taken += self._cut(limit - len(taken))
+        return taken
 
-    def take(self, limit: float = inf) -> list[bytes]:
-        """Take out pickles that were read whole, `limit` at most."""
+    def _cut(self, limit: float) -> list[bytes]:
         taken: list[bytes] = []
         end = 0
-        while len(taken) < limit:
-            start = end + _SHORT_LENGTH.size
-            if len(self._buffer) < start:
-                break
-            (length,) = _SHORT_LENGTH.unpack_from(self._buffer, end)
-            if length == -1:
-                start += _LONG_LENGTH.size
-                if len(self._buffer) < start:
-                    break
-                (length,) = _LONG_LENGTH.unpack_from(self._buffer, end + _SHORT_LENGTH.size)
+        while len(taken) < limit and len(self._buffer) >= end + _LENGTH.size:
+            start = end + _LENGTH.size
+            (length,) = _LENGTH.unpack_from(self._buffer, end)
             if not 0 <= length <= _LONGEST_FRAME:
                 logger.error("Dropped %d bytes from the queue: no request", len(self._buffer) - end)
                 end = len(self._buffer)
@@ -250,12 +243,8 @@ class PipeReader:
                 break
             end = start + length
             taken.append(bytes(self._buffer[start:end]))
-            self._count_down()
+            # More frames than were counted: somebody wrote to the pipe without `put`.
+            with contextlib.suppress(AttributeError, ValueError):
+                self._sem.release()
         del self._buffer[:end]
         return taken
-
-    def _count_down(self) -> None:
-        if self._sem is not None:
-            # More frames than were counted: somebody wrote to the pipe without `put`.
-            with contextlib.suppress(ValueError):
-                self._sem.release()
