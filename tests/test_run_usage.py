@@ -176,7 +176,10 @@ def test_b1_log_that_nobody_reads(
         print(worker.wait(), flush=True)
         time.sleep(60)
         """
-    child = run("--", sys.executable, "-c", textwrap.dedent(script), stderr=full_pipe)
+    # Stacks are not what this is about, and take their time where there is no ptrace.
+    source = f"from elastic_timer.debug_info_logging import set_stacks_timeout as s; s(0)\n{CLI}"
+    command = ("--", sys.executable, "-c", textwrap.dedent(script))
+    child = run(*command, source=source, stderr=full_pipe)
     assert child.readline() == str(-signal.SIGKILL)
     os.kill(child.pid, signal.SIGTERM)
     assert child.wait() == 128 + signal.SIGTERM

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+_SERIALS = "they only have to grow"
 _PRUNING = "the heap is only rebuilt a little earlier or later; its bound holds"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
@@ -10,13 +11,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "for _, _, worker, scope in sorted(due, key=lambda entry: entry[:3]):": (
             "serials differ, so the third is never compared"
         ),
-        "while self._heap and (not self._is_live(0)):  ->  while False:": (
-            "dead entries are passed over below; dropping them here saves time alone"
-        ),
-        "if earliest is not None and deadline >= earliest:  ->  "
-        "if earliest is not None and deadline > earliest:": (
-            "below an entry of the earliest deadline is none that is earlier"
-        ),
+        "self._serial = 0  ->  self._serial = 1": _SERIALS,
+        "self._serial += 1  ->  self._serial += 2": _SERIALS,
         "if len(self._heap) > 2 * self._size + _HEAP_SLACK:  ->  "
         "if len(self._heap) >= 2 * self._size + _HEAP_SLACK:": _PRUNING,
         "if len(self._heap) > 2 * self._size + _HEAP_SLACK:  ->  "

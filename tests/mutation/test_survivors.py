@@ -12,7 +12,7 @@ import pytest
 
 from elastic_timer import TimerClient, expires
 from elastic_timer._server.table import TimerTable
-from elastic_timer._transport.wire import decode
+from elastic_timer._transport.wire import SHORTEST_REQUEST, decode
 
 
 class Recorder(TimerClient):
@@ -62,6 +62,13 @@ def test_largest_number_is_a_time() -> None:
     """The largest float there is is finite."""
     line = f'{{"pid": 2, "scope_id": "", "expiration_time": {sys.float_info.max}, "signal": 9}}'
     assert decode(line.encode()).expiration_time == sys.float_info.max
+
+
+def test_shortest_request_counts() -> None:
+    """What is shorter is dropped unread, so there must be nothing shorter that could be read."""
+    line = b'{"pid":1,"scope_id":"","expiration_time":1,"signal":1}'
+    assert decode(line) == (1, "", 1, 1)
+    assert len(line) == SHORTEST_REQUEST
 
 
 def test_reason_is_about_the_whole_line() -> None:

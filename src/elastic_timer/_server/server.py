@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import logging
 import signal as signals
@@ -100,7 +101,7 @@ class _Signalled(Generic[_R]):
     until: float
 
 
-class ProcessServer(Generic[_R]):
+class ProcessServer(abc.ABC, Generic[_R]):
     """What the servers over a FIFO and over a queue have in common, which is nearly everything.
 
     A subclass says where requests come from, which signal a timer asks for, and what is reported
@@ -256,29 +257,29 @@ class ProcessServer(Generic[_R]):
 
     # What a subclass says ------------------------------------------------------------------------
 
+    @abc.abstractmethod
     def _signal_for(self, timer: _R) -> int:
         """What to send the worker whose timer has expired; zero or less only reports it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _send_signal(self, pid: int, signal: int) -> bool:
         """Signal a worker through the hook of the contract; False has it tried again."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _to_json(self, timer: _R, expiration_time: float) -> str:
         """A timer as the hook for debug information is given it."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _call_debug_hook(self, expired: dict[int, list[str]]) -> object:
         """Say what expired workers were doing, through the hook of the contract; the evidence."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _debug_hook_timeout(self) -> float:
         """How many seconds the evidence may take."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _watchdog_loop(self) -> None:
         """Run rounds until the server is stopped; an error in one of them ends nothing."""
-        raise NotImplementedError
 
     # The rounds ----------------------------------------------------------------------------------
 
@@ -569,21 +570,21 @@ class ProcessServer(Generic[_R]):
         callbacks.flush_log(callbacks.PATIENCE)
 
     def _log_signalled(self, event: Event) -> None:
-        if isinstance(event, WorkerSignalled):
-            logging.getLogger(__name__).warning(
-                "Reaped worker %s%s with signal %s, %.3f s after its deadline: %s",
-                event.pid,
-                "" if event.rank is None else f" (rank {event.rank})",
-                event.signal,
-                event.seconds_late,
-                event.scopes,
-                extra={
-                    "timer_run_id": self._run_id,
-                    "timer_pid": event.pid,
-                    "timer_rank": event.rank,
-                    "timer_local_rank": event.local_rank,
-                    "timer_scopes": event.scopes,
-                    "timer_seconds_late": event.seconds_late,
-                    "timer_signal": event.signal,
-                },
-            )
+        assert isinstance(event, WorkerSignalled)
+        logging.getLogger(__name__).warning(
+            "Reaped worker %s%s with signal %s, %.3f s after its deadline: %s",
+            event.pid,
+            "" if event.rank is None else f" (rank {event.rank})",
+            event.signal,
+            event.seconds_late,
+            event.scopes,
+            extra={
+                "timer_run_id": self._run_id,
+                "timer_pid": event.pid,
+                "timer_rank": event.rank,
+                "timer_local_rank": event.local_rank,
+                "timer_scopes": event.scopes,
+                "timer_seconds_late": event.seconds_late,
+                "timer_signal": event.signal,
+            },
+        )

@@ -135,8 +135,7 @@ class Workers(Generic[_Request]):
             for pid in self.table.workers():
                 if pid not in self._workers:
                     self.table.clear(pid)
-            if self._spare is None:
-                self._spare = SpareDescriptor()
+            self._spare = SpareDescriptor()
 
     def close(self) -> None:
         """Let go of all processes."""
