@@ -175,7 +175,9 @@ def test_what_is_not_run_says_why() -> None:
     assert len(left_out) <= len(programs) // 4, [block.place for block in left_out]
     for page, blocks in BLOCKS.items():
         if page.startswith(("tutorial", "howto/")):
-            shown = [block for block in blocks if block.prints is not None and not block.why_not_run]
+            shown = [
+                block for block in blocks if block.prints is not None and not block.why_not_run
+            ]
             assert PAGES[page].count("```text\n") == len(shown), page
 
 
