@@ -253,6 +253,18 @@ def test_descendants_of_a_process_that_is_gone() -> None:
     assert facts.descendants_of(-process.pid, {}, 32) == []
 
 
+def test_facts_of_a_process_that_ends_while_they_are_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What its files can't tell any more is None."""
+    monkeypatch.setattr(facts, "stat_of", lambda pid: ["S"] + ["1"] * 30)
+    process = subprocess.Popen(["true"])
+    process.wait()
+    known = facts.read_facts(process.pid)
+    assert (known["state"], known["threads"]) == ("S", 1)
+    assert known["command"] is known["wait_channel"] is known["system_call"] is None
+
+
 def test_a_process_in_two_lists_is_told_once(
     loading: tuple[Child, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -6,6 +6,7 @@ README.md has a test module of its own. The blocks of a page are run in their or
   `# worker.py` is a file of that name instead, for the blocks behind it.
 - `sh` blocks are commands. They are run where a `text` block right behind shows their output.
 - A `text` block right behind a program is what it prints; behind a command, with its stderr.
+- `<!-- needs: MODULE -->` in the line before one has it run only where that module is installed.
 - `<!-- not run: REASON -->` in the line before a Python block says that it is not run, and why.
 - `<!-- setup: CODE -->` there has lines that are to be run before it.
 """
@@ -36,11 +37,13 @@ PAGES = {
     if not path.relative_to(DOCS).parts[0].startswith("_")
 }
 
+PACKAGE = Path(elastic_timer.__file__).parent
+
 PATIENCE = 60
 """How long a program of the documentation may take, in seconds; the slowest takes some three."""
 
 _BLOCK = re.compile(
-    r"(?:^<!-- (?P<remark>not run|setup):\s*(?P<detail>.*?)\s*-->\n)?"
+    r"(?:^<!-- (?P<remark>needs|not run|setup):\s*(?P<detail>.*?)\s*-->\n)?"
     r"^```(?P<language>\w+)\n(?P<text>.*?)^```\n",
     re.MULTILINE | re.DOTALL,
 )
@@ -54,6 +57,7 @@ class Block(NamedTuple):
     text: str
     prints: str | None
     why_not_run: str | None
+    needs: str | None
     setup: str
 
     @property
@@ -67,6 +71,8 @@ class Block(NamedTuple):
         """Whether the tests are to run it."""
         if self.language == "sh":
             return self.prints is not None
+        if self.needs and not importlib.util.find_spec(self.needs):
+            return False
         return self.why_not_run is None
 
 
@@ -84,6 +90,7 @@ def blocks_of(page: str) -> Iterator[Block]:
             text=match["text"],
             prints=behind and behind[1],
             why_not_run=detail.get("not run"),
+            needs=detail.get("needs"),
             setup=detail.get("setup") or "",
         )
 
@@ -142,7 +149,9 @@ def test_page_runs(run: Callable[..., str], tmp_path: Path, page: str) -> None:
             output = run("sh", "-c", block.text, stderr=subprocess.STDOUT)
         if block.prints is not None:
             assert comparable(output) == comparable(block.prints, output), block.place
-    assert list((tmp_path / "tmp").iterdir()) == []
+    # A process of multiprocessing that is killed leaves its own temporary folder.
+    left = [path for path in (tmp_path / "tmp").iterdir() if not path.name.startswith("pymp-")]
+    assert left == []
 
 
 def comparable(shown: str, real: str = "") -> str:
@@ -161,12 +170,14 @@ def comparable(shown: str, real: str = "") -> str:
 def test_what_is_not_run_says_why() -> None:
     """Most programs are run, each of the others has its reason, and all output shown is checked."""
     programs = [block for page in BLOCKS.values() for block in page if block.language == "python"]
-    left_out = [block for block in programs if not block.is_run]
+    left_out = [block for block in programs if not block.is_run and not block.needs]
     assert not [block.place for block in left_out if not block.why_not_run]
     assert len(left_out) <= len(programs) // 4, [block.place for block in left_out]
     for page, blocks in BLOCKS.items():
         if page.startswith(("tutorial", "howto/")):
-            shown = [block for block in blocks if block.is_run and block.prints is not None]
+            shown = [
+                block for block in blocks if block.prints is not None and not block.why_not_run
+            ]
             assert PAGES[page].count("```text\n") == len(shown), page
 
 
@@ -262,29 +273,68 @@ def leads_somewhere(page: Path, link: str, pages: dict[Path, LinksOf]) -> bool:
     return not parts.fragment or unquote(parts.fragment) in pages[target].anchors
 
 
+MODULES = {
+    path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", "."): path
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
 def test_table_of_modules() -> None:
     """architecture.md lists every module, and what it imports at run time of the others."""
-    rows = re.findall(r"^\| `(\w+)` \| .+? \| (.*?) *\|$", PAGES["architecture.md"], re.M)
-    told = {module: set(re.findall(r"`(\w+)`", imports)) for module, imports in rows}
-    files = {path.stem: path for path in Path(elastic_timer.__file__).parent.glob("*.py")}
-    assert told == {module: set(imports_of(path, files)) for module, path in files.items()}
+    rows = re.findall(r"^\| `([\w.]+)` \| .+? \| (.*?) *\|$", PAGES["architecture.md"], re.M)
+    told = {module: set(re.findall(r"`([\w.]+)`", imports)) for module, imports in rows}
+    # A folder's own module says what the folder is for, and nothing else.
+    folders = {name for name in MODULES if name.endswith(".__init__")}
+    assert not [name for name in folders if set(imports_of(MODULES[name].read_text()))]
+    files = {name: path for name, path in MODULES.items() if name not in folders}
+    assert told == {name: set(imports_of(path.read_text())) for name, path in files.items()}
 
 
-def imports_of(path: Path, modules: dict[str, Path]) -> Iterator[str]:
+@pytest.mark.parametrize(
+    ("statement", "found"),
+    [
+        ("import elastic_timer._server.loop", {"_server.loop"}),
+        ("import os, elastic_timer.api as api", {"api"}),
+        ("import elastic_timer", {"__init__"}),
+        ("from elastic_timer import api, expires", {"api", "__init__"}),
+        ("from elastic_timer._server import loop", {"_server.loop"}),
+        ("from elastic_timer._server.loop import Loop", {"_server.loop"}),
+        ("def f():\n    import elastic_timer._clock", {"_clock"}),
+        ("import_module('elastic_timer.local_timer')", {"local_timer"}),
+        ("if TYPE_CHECKING:\n    import elastic_timer.api", set()),
+        ("import json, elastic_timers", set()),
+    ],
+)
+def test_every_form_of_import_is_seen(statement: str, found: set[str]) -> None:
+    """An import that the table leaves out is noticed in whatever form it is written (S4)."""
+    assert set(imports_of(statement)) == found
+
+
+def imports_of(source: str) -> Iterator[str]:
     """The modules of the package that a module imports, but for type checkers alone."""
-    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    pending: list[ast.AST] = [ast.parse(source)]
     while pending:
         node = pending.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            pending += node.orelse
             continue
         pending += ast.iter_child_nodes(node)
-        if isinstance(node, ast.ImportFrom) and node.module == "elastic_timer":
+        if isinstance(node, ast.Import):
+            yield from filter(None, (module_named(name.name) for name in node.names))
+        elif isinstance(node, ast.ImportFrom) and node.module:
             for name in node.names:
-                yield name.name if name.name in modules else "__init__"
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("elastic_timer."):
-            yield str(node.module).removeprefix("elastic_timer.")
+                found = module_named(f"{node.module}.{name.name}") or module_named(node.module)
+                if found:
+                    yield found
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "import_module":
-            yield ast.literal_eval(node.args[0]).removeprefix("elastic_timer.")
+            yield from filter(None, [module_named(ast.literal_eval(node.args[0]))])
+
+
+def module_named(name: str) -> str | None:
+    """The module of the package that has a name, as the table has it."""
+    package, _, module = name.partition(".")
+    module = module or "__init__"
+    return module if package == "elastic_timer" and module in MODULES else None
 
 
 def test_linters_are_the_same_everywhere() -> None:

@@ -122,9 +122,8 @@ class _Stage:
         self._workers: dict[int, _Worker] = {}
         self._lock = threading.Lock()
         self.server = FileTimerServer(timer_file, "demo")
-        self.server.subscribe(
-            self._happened, TimerAcquired, TimerReleased, TimerExpired, WorkerSignalled
-        )
+        kinds = (TimerAcquired, TimerReleased, TimerExpired, WorkerSignalled)
+        self.server.subscribe(self._happened, *kinds)
 
     def enter(self, name: str) -> None:
         """Start a worker."""
@@ -164,10 +163,11 @@ class _Stage:
         give_up = time.monotonic() + _PATIENCE
         alive = list(self._workers.values())
         while alive and time.monotonic() < give_up:
-            for worker in filter(lambda each: each.process.poll() is not None, alive.copy()):
-                worker.ended = time.time()
-                self._tell(worker, f"ended: {worker.how_it_ended}")
-                alive.remove(worker)
+            for worker in alive.copy():
+                if worker.process.poll() is not None:
+                    worker.ended = time.time()
+                    self._tell(worker, f"ended: {worker.how_it_ended}")
+                    alive.remove(worker)
             time.sleep(0.001)
 
     def clear(self) -> None:

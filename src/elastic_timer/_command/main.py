@@ -93,10 +93,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _positive_seconds(text: str) -> float:
-    seconds = float(text)
-    if not (math.isfinite(seconds) and seconds > 0):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
-    return seconds
+    if 0 < float(text) < math.inf:
+        return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
 
 
 def _demo(options: argparse.Namespace) -> int:

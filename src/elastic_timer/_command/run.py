@@ -24,8 +24,6 @@ ENDED_BY_SIGNAL = 128
 
 # What is handed on to COMMAND.
 _FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
-# Python ignores these in its own process; a program that it starts expects the system's default.
-_IGNORED_BY_PYTHON = ("SIGPIPE", "SIGXFSZ")
 
 _SHELL = "/bin/sh"
 
@@ -93,12 +91,10 @@ def _block_signals() -> tuple[set[int], Set[int]]:
     """
     # Ignored, as it may be from our parent on, COMMAND's exit status would be thrown away.
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    signals: set[int] = {signal.SIGCHLD}
-    for name in _FORWARDED:
-        number = signal.Signals[name]
-        # nohup ignores SIGHUP, for us and for COMMAND.
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signals.add(number)
+    forwarded = {int(signal.Signals[name]) for name in _FORWARDED}
+    # nohup ignores SIGHUP, for us and for COMMAND.
+    ignored = {number for number in forwarded if signal.getsignal(number) is signal.SIG_IGN}
+    signals = {int(signal.SIGCHLD)} | forwarded - ignored
     return signals, signal.pthread_sigmask(signal.SIG_BLOCK, signals)
 
 
@@ -110,12 +106,12 @@ def _start(command: list[str], timer_file: str, mask: Set[int]) -> int:
     # Otherwise torchrun 2.13 hands the store of the reaped attempt on to the next one, whose ranks
     # then look for each other at the addresses of the dead.
     environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
-    ignored = [getattr(signal, name) for name in _IGNORED_BY_PYTHON if hasattr(signal, name)]
+    # Python ignores these in its own process; a program that it starts expects their default.
+    ignored = [signal.SIGPIPE, signal.SIGXFSZ]
 
     def spawn(arguments: list[str]) -> int:
-        return os.posix_spawnp(
-            arguments[0], arguments, environment, setsigmask=mask, setsigdef=ignored
-        )
+        name = arguments[0]
+        return os.posix_spawnp(name, arguments, environment, setsigmask=mask, setsigdef=ignored)
 
     try:
         return spawn(command)

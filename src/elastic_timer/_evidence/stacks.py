@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from subprocess import DEVNULL, PIPE
 from typing import TYPE_CHECKING, TypedDict
 
 from elastic_timer import _clock
@@ -57,8 +58,9 @@ class Stacks(TypedDict):
 
 def find_py_spy() -> str | None:
     """The `py-spy` installed beside this Python, else the one on `PATH`, else `None`."""
-    beside = os.path.dirname(sys.executable) if sys.executable else ""
-    return (beside and shutil.which("py-spy", path=beside)) or shutil.which("py-spy")
+    # Beside an unknown Python would be in the working directory, where anybody's may lie.
+    beside = sys.executable and shutil.which("py-spy", path=os.path.dirname(sys.executable))
+    return beside or shutil.which("py-spy")
 
 
 def take_stacks(states: Mapping[int, str | None], deadline: float | None) -> dict[int, Stacks]:
@@ -80,7 +82,10 @@ def take_stacks(states: Mapping[int, str | None], deadline: float | None) -> dic
     reason = "the time for stacks was used up by other processes"
     if wanted and deadline is not None:
         try:
-            _dump_all(wanted, deadline, taken)
+            if program := find_py_spy():
+                _dump_all(program, wanted, deadline, taken)
+            else:
+                reason = 'py-spy was not found: install it with "pip install py-spy"'
         except Exception as error:  # a reap must never fail for want of a stack
             reason = f"py-spy: {one_line(repr(error))}"
     return {pid: taken.get(pid) or _missing(reason) for pid in states}
@@ -103,13 +108,10 @@ def _no_dump(pid: int, state: str | None, deadline: float | None) -> str | None:
     return "the process has ended" if gone or state == "Z" else None
 
 
-def _dump_all(states: Mapping[int, str | None], deadline: float, taken: dict[int, Stacks]) -> None:
+def _dump_all(
+    program: str, states: Mapping[int, str | None], deadline: float, taken: dict[int, Stacks]
+) -> None:
     """Add the stacks of those processes whose dump could be begun before the deadline."""
-    program = find_py_spy()
-    if program is None:
-        absent = _missing('py-spy was not found: install it with "pip install py-spy"')
-        taken.update(dict.fromkeys(states, absent))
-        return
     dumps: list[_Dump] = []
     waiting = list(states.items())[::-1]
     # Not left to subprocess: it waits by a clock that may be frozen, and keeps without limit what
@@ -162,11 +164,7 @@ class _Dump:
             command.append("--nonblocking")
         self.pid = pid
         self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
+            command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True
         )
         self._selector = selector
         self._pipes = [pipe for pipe in (self.process.stdout, self.process.stderr) if pipe]
@@ -235,8 +233,8 @@ def _threads(output: bytearray, pid: int) -> list[ThreadStack]:
 def _reason(errors: str) -> str:
     """One line from what a failed `py-spy` said, and what to do about it."""
     lines = errors.partition("Stack backtrace:")[0].splitlines()
-    told = one_line(" ".join(line for line in lines if "sudo" not in line))
-    told = told or "it gave neither stacks nor a reason"
+    told = " ".join(line for line in lines if "sudo" not in line)
+    told = one_line(told) or "it gave neither stacks nor a reason"
     if "permi" in errors.lower():  # permission denied, operation not permitted
         told += (
             " (it may not read the process: run the server as the workers' user; in a "

@@ -225,9 +225,7 @@ class FifoSource(Generic[_R]):
         found = self._found()
         if found is not None:
             if not stat.S_ISFIFO(found.st_mode):
-                raise self._error(
-                    errno.EEXIST, "not a FIFO, so it is left alone; give another path"
-                )
+                raise self._error(errno.EEXIST, "it is no FIFO; give another path")
             if self._is_read():
                 raise self._error(errno.EEXIST, _IN_USE)
             if self._is_ours(found):
@@ -235,13 +233,11 @@ class FifoSource(Generic[_R]):
             os.unlink(self._path)
         self._made.clear()
         path = [self._path]
+        made = itertools.chain(map(os.mkfifo, path, [0o600]), map(os.lstat, path))
         try:
-            made = itertools.chain(map(os.mkfifo, path, [0o600]), map(os.lstat, path))
             self._made.extend(filter(None, made))
         except FileNotFoundError as error:
-            raise self._error(
-                errno.ENOENT, "the folder for the FIFO does not exist; make it first"
-            ) from error
+            raise self._error(errno.ENOENT, "its folder does not exist; make it first") from error
         except FileExistsError as error:
             raise self._error(errno.EEXIST, _IN_USE) from error
         (status,) = self._made
@@ -254,7 +250,7 @@ class FifoSource(Generic[_R]):
     def _remove(self) -> None:
         if self.is_in_place():
             with self._locked_folder(_MEND_PATIENCE):
-                # While it is open, nothing else has its number; later another server's may have it.
+                # Once it is closed, the system may give its number to another server's.
                 is_anothers = False
                 with contextlib.suppress(OSError):  # As where no descriptor is left.
                     is_anothers = not self._ends and self._is_read()
