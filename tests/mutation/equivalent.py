@@ -27,8 +27,16 @@ EQUIVALENT: dict[str, dict[str, str]] = {
             "at 0 the same text is read again, and refused for the same reason"
         ),
     },
-    "_server.process": {},
-    "_server.workers": {},
+    "_server.process": {
+        "values = (environment.get(name, '') for name in names)  ->  "
+        "values = (environment.get(name, 'X') for name in names)": "neither is a number",
+    },
+    "_server.workers": {
+        "if abs(difference - self._difference) > _CLOCK_STEP:  ->  "
+        "if abs(difference - self._difference) >= _CLOCK_STEP:": (
+            "a step of the very limit may be taken for either"
+        ),
+    },
     "api": {
         "loop = getattr(asyncio, '_get_running_loop', lambda: None)()  ->  "
         "loop = getattr(asyncio, '_get_running_loop')()": (
