@@ -39,7 +39,7 @@ from elastic_timer._transport.pipe import (
     too_large,
     write,
 )
-from elastic_timer._transport.wire import encode, encode_line, encode_line_again
+from elastic_timer._transport.wire import acquire_line, encode, encode_line, release_line
 from elastic_timer.api import TimerClient, TimerRequest
 from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
 
@@ -208,13 +208,17 @@ class FileTimerClient(TimerClient):
         return fd
 
     def _send_request(self, request: FileTimerRequest) -> None:
-        line = (encode_line_again if request.expiration_time == -1 else encode_line)(
-            request.version,
-            request.worker_id,
-            request.scope_id,
-            request.expiration_time,
-            request.signal,
+        self._send(
+            encode_line(
+                request.version,
+                request.worker_id,
+                request.scope_id,
+                request.expiration_time,
+                request.signal,
+            )
         )
+
+    def _send(self, line: bytes) -> None:
         if len(line) > PIPE_BUF:
             raise too_large(line)
         try:
@@ -292,7 +296,13 @@ class FileTimerClient(TimerClient):
             RuntimeError: The request does not fit in one atomic write; shorten the scope.
             ValueError: The expiration time is NaN or infinite.
         """
-        self._send_request(FileTimerRequest(os.getpid(), scope_id, expiration_time, self.signal))
+        # Without a request object, which takes long, unless somebody looks at those.
+        if type(self)._send_request is _send_request:
+            self._send(acquire_line(scope_id, expiration_time, self.signal))
+        else:
+            self._send_request(
+                FileTimerRequest(os.getpid(), scope_id, expiration_time, self.signal)
+            )
 
     def release(self, scope_id: str) -> None:
         """Release a timer of this process; see `TimerClient.release`.
@@ -301,7 +311,13 @@ class FileTimerClient(TimerClient):
             BrokenPipeError: The server could not be reached for about a second.
             RuntimeError: The request does not fit in one atomic write.
         """
-        self._send_request(FileTimerRequest(os.getpid(), scope_id, -1))
+        if type(self)._send_request is _send_request:
+            self._send(release_line(scope_id))
+        else:
+            self._send_request(FileTimerRequest(os.getpid(), scope_id, -1))
+
+
+_send_request = FileTimerClient._send_request
 
 
 class FileTimerServer(ProcessServer[FileTimerRequest]):
