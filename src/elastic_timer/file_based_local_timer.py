@@ -65,7 +65,7 @@ else:
     _DEFAULT_SIGNAL = signals.SIGKILL
 
 # Windows has no O_NONBLOCK, and no FIFO that could be opened.
-_OPEN_FLAGS = (os.O_WRONLY | getattr(os, "O_NONBLOCK", 0),)
+_OPEN_FLAGS = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)
 
 # Per thread: whether a client may wait for its server.
 _mode = threading.local()
@@ -185,21 +185,26 @@ class FileTimerClient(TimerClient):
             raise ValueError(f"there is no signal {signal}")
         # Absolute, or after a chdir() the release would go elsewhere than the acquire went.
         self._file_path = os.path.abspath(file_path)
-        self._path = (os.fsencode(self._file_path),)  # Once, not for every block.
+        # Opens the FIFO anew at every step of a loop. An interrupt would come between a call of
+        # os.open and the assignment of what it returns, and leak the descriptor; none comes between
+        # a step and the body of the loop.
+        self._opened = iter(
+            functools.partial(os.open, os.fsencode(self._file_path), _OPEN_FLAGS), -1
+        )
         self._is_owner_known = False
         self.signal = signal
 
     def __eq__(self, other: object) -> bool:
         """Whether both send to the same server: what one of them owes, the other may send."""
-        return isinstance(other, FileTimerClient) and self._path == other._path
+        return isinstance(other, FileTimerClient) and self._file_path == other._file_path
 
     def __hash__(self) -> int:
-        return hash(self._path)
+        return hash(self._file_path)
 
     @_retry(max_retries=_TRIES, sleep_time=UNREACHABLE_AFTER / _TRIES)
     def _open_non_blocking(self) -> int:
         # Where no server reads, it fails at once with ENXIO instead of waiting for one.
-        (fd,) = map(os.open, self._path, _OPEN_FLAGS)
+        fd = next(self._opened)
         try:
             self._check_owner(fd)
         except BaseException:
@@ -222,18 +227,18 @@ class FileTimerClient(TimerClient):
         if len(line) > PIPE_BUF:
             raise too_large(line)
         try:
-            # One try without ado: this is the path of every block of every worker. Opened by the
-            # unpacking, behind which no interrupt comes before `try`: it would leak the descriptor.
-            (fd,) = map(os.open, self._path, _OPEN_FLAGS)
-            try:
-                # Another file may be there by now, and would be written over.
-                check_pipe(fd, CHECK)
-                if not self._is_owner_known:
-                    self._check_owner(fd)
-                (os.write if sigpipe_handler(SIGPIPE) else write)(fd, line)
-            finally:
-                # At once: upstream's server stops watching while a client has the FIFO open.
-                os.close(fd)
+            # One try without ado: this is the path of every block of every worker.
+            for fd in self._opened:
+                try:
+                    # Another file may be there by now, and would be written over.
+                    check_pipe(fd, CHECK)
+                    if not self._is_owner_known:
+                        self._check_owner(fd)
+                    (os.write if sigpipe_handler(SIGPIPE) else write)(fd, line)
+                finally:
+                    # At once: upstream's server stops watching while a client has the FIFO open.
+                    os.close(fd)
+                return
         except OSError as error:
             if not getattr(_mode, "waits", True):
                 raise self._unreachable(error) from error
