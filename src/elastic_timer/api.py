@@ -408,14 +408,17 @@ def _call(request: Callable[..., object], *args: object) -> None:
 async def _patiently(client: TimerClient | None, request: Callable[[], None]) -> None:
     """Send a request; waits for the client's server go without blocking the event loop."""
     asyncio = sys.modules.get("asyncio")
-    if hasattr(client, "_at_once") and asyncio is not None and asyncio._get_running_loop():
-        for _ in range(_ASYNC_TRIES):
-            try:
-                return client._at_once(request)
-            except BrokenPipeError:
-                await asyncio.sleep(UNREACHABLE_AFTER / _ASYNC_TRIES)
-        return client._at_once(request)
-    request()
+    at_once: Callable[[Callable[[], None]], None] | None = getattr(client, "_at_once", None)
+    if at_once is None or asyncio is None or asyncio._get_running_loop() is None:
+        request()
+        return
+    for _ in range(_ASYNC_TRIES):
+        try:
+            at_once(request)
+            return
+        except BrokenPipeError:
+            await asyncio.sleep(UNREACHABLE_AFTER / _ASYNC_TRIES)
+    at_once(request)
 
 
 class _Exit(property):
