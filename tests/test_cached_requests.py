@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from elastic_timer import FileTimerClient, FileTimerRequest
+from elastic_timer import FileTimerClient, FileTimerRequest, TimerClient, expires
 
 
 @pytest.fixture
@@ -101,3 +103,52 @@ def test_one_client_in_many_threads(reader: int, fifo_path: str) -> None:
         thread.join()
     scopes = [each["scope_id"] for each in requests(reader)]
     assert sorted(scopes) == sorted("abcd" * 50)
+
+
+def test_clients_of_one_server_are_equal(fifo_path: str, tmp_path: Path) -> None:
+    """They count as one where it matters who owes a release to whom."""
+    assert len({FileTimerClient(fifo_path), FileTimerClient(fifo_path, 15)}) == 1
+    assert FileTimerClient(fifo_path) != FileTimerClient(str(tmp_path / "other"))
+
+
+class Failing(TimerClient):
+    """Sends what it is asked to; raises what it is told to afterwards."""
+
+    def __init__(self) -> None:
+        self.sent: list[tuple[str, str]] = []
+        self.errors: list[BaseException | None] = []
+
+    def _send(self, kind: str, scope: str) -> None:
+        self.sent.append((kind, scope))
+        error = self.errors.pop(0) if self.errors else None
+        if error is not None:
+            raise error
+
+    def acquire(self, scope_id: str, expiration_time: float) -> None:
+        self._send("acquire", scope_id)
+
+    def release(self, scope_id: str) -> None:
+        self._send("release", scope_id)
+
+
+def test_a1_acquire_that_was_interrupted_behind_its_sending() -> None:
+    """What may have been sent before an interrupt is released before the caller sees that."""
+    client = Failing()
+    client.errors = [KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt), expires(60, "s", client):
+        pytest.fail("entered")
+    assert client.sent == [("acquire", "s"), ("release", "s")]
+
+
+def test_a10_owed_release_precedes_that_of_an_asynchronous_block() -> None:
+    """What failed within an `async with` block is sent first when that is left."""
+    client = Failing()
+
+    async def main() -> None:
+        async with expires(60, "outer", client):
+            client.errors = [None, BrokenPipeError()]
+            with pytest.raises(BrokenPipeError), expires(60, "inner", client):
+                pass
+
+    asyncio.run(main())
+    assert client.sent[-3:] == [("release", "inner")] * 2 + [("release", "outer")]
