@@ -366,12 +366,12 @@ class _Hold(weakref.ref):  # type: ignore[type-arg]  # What it refers to is of n
         _owed.append(owed)
         self.scope = None
 
-    def give_up(self, error: BaseException) -> None:
-        """Release what an acquire or a release that failed may have left behind."""
-        if isinstance(error, BrokenPipeError):  # The client's own word that nothing was sent.
-            self.scope = None
-        else:
-            self.settle()
+
+def _release(hold: _Hold) -> None:
+    """Release what a hold is for, after what its client owes."""
+    if _owed:
+        _send_owed(hold.client)
+    hold.client.release(hold.scope)  # type: ignore[arg-type]  # There is one to release.
 
 
 _owed: list[_Hold] = []
@@ -395,32 +395,29 @@ def _send_owed(client: TimerClient) -> None:
                 _owed.remove(hold)
 
 
-def _at_once(client: TimerClient, method: Callable[..., object], *args: object) -> None:
-    """Call a client's method; where the client could wait for its server, it fails instead."""
-    getattr(client, "_at_once", _call)(method, *args)
+def _at_once(client: TimerClient, request: Callable[..., object], *args: object) -> None:
+    """Send a request; where the client could wait for its server, it fails instead."""
+    getattr(client, "_at_once", _call)(request, *args)
 
 
-def _call(method: Callable[..., object], *args: object) -> None:
-    method(*args)
+def _call(request: Callable[..., object], *args: object) -> None:
+    request(*args)
 
 
-async def _patiently(client: TimerClient, method: Callable[..., object], *args: object) -> None:
-    """Have a client send a request; waits for its server go without blocking the event loop."""
+async def _patiently(client: TimerClient | None, request: Callable[[], None]) -> None:
+    """Send a request; waits for the client's server go without blocking the event loop."""
     asyncio = sys.modules.get("asyncio")
-    if asyncio is not None and asyncio._get_running_loop() is not None:
-        for _ in range(_ASYNC_TRIES):
-            try:
-                if _owed:
-                    _at_once(client, _send_owed, client)
-                return _at_once(client, method, *args)
-            except BrokenPipeError:
-                if not hasattr(client, "_at_once"):
-                    raise
+    at_once: Callable[[Callable[[], None]], None] | None = getattr(client, "_at_once", None)
+    if at_once is None or asyncio is None or asyncio._get_running_loop() is None:
+        request()
+        return
+    for _ in range(_ASYNC_TRIES):
+        try:
+            at_once(request)
+            return
+        except BrokenPipeError:
             await asyncio.sleep(UNREACHABLE_AFTER / _ASYNC_TRIES)
-        return _at_once(client, method, *args)
-    if _owed:
-        _send_owed(client)
-    method(*args)
+    at_once(request)
 
 
 class _Exit(property):
@@ -514,26 +511,6 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
         self._scope = scope
 
     def __enter__(self) -> None:
-        hold = self._prepare()
-        client = hold.client
-        try:
-            if _owed:
-                _send_owed(client)
-            client.acquire(hold.scope, epoch() + self._after)  # type: ignore[arg-type]  # Is set.
-        except BaseException as error:
-            hold.give_up(error)
-            raise
-
-    async def __aenter__(self) -> None:
-        hold = self._prepare()
-        try:
-            await _patiently(hold.client, hold.client.acquire, hold.scope, epoch() + self._after)
-        except BaseException as error:
-            hold.give_up(error)
-            raise
-
-    def _prepare(self) -> _Hold:
-        """From now on the timer is released whatever interrupts, though it is not acquired yet."""
         client = _timer_client if self._client is None else self._client
         if client is None:
             raise RuntimeError(
@@ -547,9 +524,23 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
             raise RuntimeError(
                 "this expires(...) is entered already; make one for each block that can be entered"
             )
+        # From here on the timer is released whatever interrupts, though it is not acquired yet.
         hold.client = client
-        hold.scope = self._scope if self._is_named else self._scope + _thread_or_task()
-        return hold
+        hold.scope = scope = self._scope if self._is_named else self._scope + _thread_or_task()
+        try:
+            if _owed:
+                _send_owed(client)
+            client.acquire(scope, epoch() + self._after)
+        except BrokenPipeError:  # The client's own word that nothing was sent.
+            hold.scope = None
+            raise
+        except BaseException:
+            hold.settle()
+            raise
+
+    async def __aenter__(self) -> None:
+        client = _timer_client if self._client is None else self._client
+        await _patiently(client, self.__enter__)
 
     def _leave(
         self, exc_type: type[BaseException] | None, exception: object, traceback: object
@@ -582,7 +573,7 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
         if hold is None or hold.scope is None:
             return
         try:
-            await _patiently(hold.client, hold.client.release, hold.scope)
+            await _patiently(hold.client, lambda: _release(hold))
         except BaseException as error:
             self._fail_to_leave(hold, error, exc_type)
         hold.scope = self._hold = None

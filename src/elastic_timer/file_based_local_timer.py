@@ -39,7 +39,7 @@ from elastic_timer._transport.pipe import (
     too_large,
     write,
 )
-from elastic_timer._transport.wire import encode, encode_line, encode_line_again
+from elastic_timer._transport.wire import acquire_line, encode, encode_line, release_line
 from elastic_timer.api import TimerClient, TimerRequest
 from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
 
@@ -65,7 +65,7 @@ else:
     _DEFAULT_SIGNAL = signals.SIGKILL
 
 # Windows has no O_NONBLOCK, and no FIFO that could be opened.
-_OPEN_FLAGS = (os.O_WRONLY | getattr(os, "O_NONBLOCK", 0),)
+_OPEN_FLAGS = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)
 
 # Per thread: whether a client may wait for its server.
 _mode = threading.local()
@@ -185,21 +185,26 @@ class FileTimerClient(TimerClient):
             raise ValueError(f"there is no signal {signal}")
         # Absolute, or after a chdir() the release would go elsewhere than the acquire went.
         self._file_path = os.path.abspath(file_path)
-        self._path = (os.fsencode(self._file_path),)  # Once, not for every block.
+        # Opens the FIFO anew at every step of a loop. An interrupt would come between a call of
+        # os.open and the assignment of what it returns, and leak the descriptor; none comes between
+        # a step and the body of the loop.
+        self._opened = iter(
+            functools.partial(os.open, os.fsencode(self._file_path), _OPEN_FLAGS), -1
+        )
         self._is_owner_known = False
         self.signal = signal
 
     def __eq__(self, other: object) -> bool:
         """Whether both send to the same server: what one of them owes, the other may send."""
-        return isinstance(other, FileTimerClient) and self._path == other._path
+        return isinstance(other, FileTimerClient) and self._file_path == other._file_path
 
     def __hash__(self) -> int:
-        return hash(self._path)
+        return hash(self._file_path)
 
     @_retry(max_retries=_TRIES, sleep_time=UNREACHABLE_AFTER / _TRIES)
     def _open_non_blocking(self) -> int:
         # Where no server reads, it fails at once with ENXIO instead of waiting for one.
-        (fd,) = map(os.open, self._path, _OPEN_FLAGS)
+        fd = next(self._opened)
         try:
             self._check_owner(fd)
         except BaseException:
@@ -208,28 +213,32 @@ class FileTimerClient(TimerClient):
         return fd
 
     def _send_request(self, request: FileTimerRequest) -> None:
-        line = (encode_line_again if request.expiration_time == -1 else encode_line)(
-            request.version,
-            request.worker_id,
-            request.scope_id,
-            request.expiration_time,
-            request.signal,
+        self._send(
+            encode_line(
+                request.version,
+                request.worker_id,
+                request.scope_id,
+                request.expiration_time,
+                request.signal,
+            )
         )
+
+    def _send(self, line: bytes) -> None:
         if len(line) > PIPE_BUF:
             raise too_large(line)
         try:
-            # One try without ado: this is the path of every block of every worker. Opened by the
-            # unpacking, behind which no interrupt comes before `try`: it would leak the descriptor.
-            (fd,) = map(os.open, self._path, _OPEN_FLAGS)
-            try:
-                # Another file may be there by now, and would be written over.
-                check_pipe(fd, CHECK)
-                if not self._is_owner_known:
-                    self._check_owner(fd)
-                (os.write if sigpipe_handler(SIGPIPE) else write)(fd, line)
-            finally:
-                # At once: upstream's server stops watching while a client has the FIFO open.
-                os.close(fd)
+            # One try without ado: this is the path of every block of every worker.
+            for fd in self._opened:  # pragma: no branch  # It has no end.
+                try:
+                    # Another file may be there by now, and would be written over.
+                    check_pipe(fd, CHECK)
+                    if not self._is_owner_known:
+                        self._check_owner(fd)
+                    (os.write if sigpipe_handler(SIGPIPE) else write)(fd, line)
+                finally:
+                    # At once: upstream's server stops watching while a client has the FIFO open.
+                    os.close(fd)
+                return
         except OSError as error:
             if not getattr(_mode, "waits", True):
                 raise self._unreachable(error) from error
@@ -292,7 +301,13 @@ class FileTimerClient(TimerClient):
             RuntimeError: The request does not fit in one atomic write; shorten the scope.
             ValueError: The expiration time is NaN or infinite.
         """
-        self._send_request(FileTimerRequest(os.getpid(), scope_id, expiration_time, self.signal))
+        # Without a request object, which takes long, unless somebody looks at those.
+        if type(self)._send_request is _send_request:
+            self._send(acquire_line(scope_id, expiration_time, self.signal))
+        else:
+            self._send_request(
+                FileTimerRequest(os.getpid(), scope_id, expiration_time, self.signal)
+            )
 
     def release(self, scope_id: str) -> None:
         """Release a timer of this process; see `TimerClient.release`.
@@ -301,7 +316,13 @@ class FileTimerClient(TimerClient):
             BrokenPipeError: The server could not be reached for about a second.
             RuntimeError: The request does not fit in one atomic write.
         """
-        self._send_request(FileTimerRequest(os.getpid(), scope_id, -1))
+        if type(self)._send_request is _send_request:
+            self._send(release_line(scope_id))
+        else:
+            self._send_request(FileTimerRequest(os.getpid(), scope_id, -1))
+
+
+_send_request = FileTimerClient._send_request
 
 
 class FileTimerServer(ProcessServer[FileTimerRequest]):

@@ -19,8 +19,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if len(self._heap) > 2 * self._size - _HEAP_SLACK:": _PRUNING,
     },
     "_transport.wire": {
-        "encode_line_again = functools.lru_cache(maxsize=64)(encode_line)  ->  "
-        "encode_line_again = functools.lru_cache(maxsize=65)(encode_line)": (
+        "@functools.lru_cache(maxsize=64)  ->  @functools.lru_cache(maxsize=65)": (
             "the size of a cache changes no result"
         ),
         "if start <= 0:  ->  if start < 0:": (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import os
 import signal as signals
 import sys
 from json.encoder import encode_basestring_ascii
@@ -67,8 +68,35 @@ def encode_line(
     ).encode()
 
 
-# For releases: a worker sends the same few over and over.
-encode_line_again = functools.lru_cache(maxsize=64)(encode_line)
+def acquire_line(scope_id: str, expiration_time: float, signal: int) -> bytes:
+    """The line by which this process asks for a timer; raises as `encode_line` does."""
+    if type(expiration_time) is float and isfinite(expiration_time):
+        return _acquire_format(scope_id, signal) % expiration_time
+    return encode_line(1, os.getpid(), scope_id, expiration_time, signal)
+
+
+# A worker enters the same few blocks over and over. What is cached has its pid, for which the
+# system would have to be asked: see below.
+@functools.lru_cache(maxsize=64)
+def _acquire_format(scope_id: str, signal: int) -> bytes:
+    line = encode_line(1, os.getpid(), scope_id, 0, signal).replace(b"%", b"%%")
+    return b'"expiration_time": %a'.join(line.rsplit(b'"expiration_time": 0', 1))
+
+
+@functools.lru_cache(maxsize=64)
+def release_line(scope_id: str) -> bytes:
+    """The line by which this process releases a timer; raises as `encode_line` does."""
+    return encode_line(1, os.getpid(), scope_id, -1, 0)
+
+
+def _forget_pid() -> None:
+    _acquire_format.cache_clear()
+    release_line.cache_clear()
+
+
+# Before a fork too: hooks of others may send something in the child before this one is called.
+# Windows has neither forks nor hooks for them.
+getattr(os, "register_at_fork", dict)(before=_forget_pid, after_in_child=_forget_pid)
 
 
 def decode(line: bytes) -> Fields:
