@@ -204,7 +204,7 @@ class FileTimerClient(TimerClient):
     @_retry(max_retries=_TRIES, sleep_time=UNREACHABLE_AFTER / _TRIES)
     def _open_non_blocking(self) -> int:
         # Where no server reads, it fails at once with ENXIO instead of waiting for one.
-        fd = next(self._opened)
+        (fd,) = map(next, (self._opened,))  # Not by a call: an interrupt would leak it.
         try:
             self._check_owner(fd)
         except BaseException:
