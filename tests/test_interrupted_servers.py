@@ -80,11 +80,12 @@ PROGRAM = """
         server.stop()
         end = time.monotonic() + 10
         while time.monotonic() < end and any(
-            thread.name.startswith("elastic-timer ") for thread in threading.enumerate()
+            thread.is_alive() and thread.name.startswith("elastic-timer ")
+            for thread in threading.enumerate()  # Also those that were never begun.
         ):
             time.sleep(0.005)
     assert interrupts > 1, interrupts
-    left = [thread.name for thread in threading.enumerate()]
+    left = [thread.name for thread in threading.enumerate() if thread.is_alive()]
     assert not [name for name in left if name.startswith("elastic-timer ")], left
     assert len(os.listdir("/proc/self/fd")) <= before, os.listdir("/proc/self/fd")
     print("unharmed", flush=True)

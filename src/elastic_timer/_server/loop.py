@@ -136,7 +136,7 @@ class Loop:
 
     def is_stopping(self) -> bool:
         """Whether the thread was told to end."""
-        return (self._served or self._run).stop_requested.is_set()
+        return (self._served or self._run).stop_requested.is_set
 
     def wake_from_outside(self) -> None:
         """Let the thread look again, unless it is the caller."""
@@ -195,7 +195,7 @@ class Loop:
             run.has_begun = True
             self._served = run
             try:
-                if not run.stop_requested.is_set():
+                if not run.stop_requested.is_set:
                     self._open_all()
                     run.is_open.set()
                     self._run_rounds()
@@ -267,7 +267,8 @@ class Loop:
 class _Flag:
     """An event that waiting for it leaves intact, also where that is interrupted.
 
-    `threading.Event` and `Thread.join` can be left by a Ctrl-C in a state that is not the truth.
+    A Ctrl-C can leave `threading.Event` locked for good, and have `Thread.join` take a thread for
+    ended that runs.
     """
 
     def __init__(self) -> None:
@@ -291,7 +292,7 @@ class _Run:
 
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
-        self.stop_requested = threading.Event()
+        self.stop_requested = _Flag()
         self.has_begun = False
         self.is_open = _Flag()
         self.has_ended = _Flag()
