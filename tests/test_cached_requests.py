@@ -90,13 +90,15 @@ def test_overridden_send_request_gets_every_request(fifo_path: str) -> None:
     ]
 
 
+def release_often(client: FileTimerClient, scope: str) -> None:
+    for _ in range(50):
+        client.release(scope)
+
+
 def test_one_client_in_many_threads(reader: int, fifo_path: str) -> None:
     """Threads that share a client open the FIFO each for itself."""
     client = FileTimerClient(fifo_path)
-    threads = [
-        threading.Thread(target=lambda scope=scope: [client.release(scope) for _ in range(50)])
-        for scope in "abcd"
-    ]
+    threads = [threading.Thread(target=release_often, args=(client, scope)) for scope in "abcd"]
     for thread in threads:
         thread.start()
     for thread in threads:

@@ -344,7 +344,8 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         daemon: Whether the interpreter may exit while the watchdog runs.
         log_event: Called with an event's name and its request: "watchdog started", "watchdog
             stopped" (without a request), "timer expired", "kill worker process". It runs on a
-            thread of its own, for which the watchdog does not wait. What it raises is logged.
+            thread of its own; the watchdog waits for it for 10 ms at most, so that it hears of an
+            expiry before the worker is signalled. What it raises is logged.
         reap_self: Send this very process the same signal once a worker was reaped, as upstream
             does.
         kill_after: How many seconds a worker may outlive a signal other than SIGKILL before it

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Generic, TypeVar
 
 from elastic_timer import _clock
@@ -125,7 +124,6 @@ class Events:
 
     def __init__(self) -> None:
         self._listeners: list[tuple[Listener, tuple[type[Event], ...], Callbacks]] = []
-        self._held: list[Event] | None = None
 
     def subscribe(
         self, listener: Listener, *kinds: type[Event], queue: Callbacks | None = None
@@ -145,28 +143,9 @@ class Events:
 
     def publish(self, event: Event) -> None:
         """Hand a record to those who listen to its kind."""
-        held = self._held
-        if held is not None:
-            held.append(event)
-            return
         for listener, kinds, callbacks in self._listeners:
             if isinstance(event, kinds):
                 callbacks.submit(functools.partial(listener, event))
-
-    @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Hand out what is published meanwhile only at the end.
-
-        The listeners' threads would take the interpreter's lock away from whoever is to be quick,
-        for milliseconds at a time.
-        """
-        self._held = []
-        try:
-            yield
-        finally:
-            held, self._held = self._held, None
-            for event in held:
-                self.publish(event)
 
     def flush(self, patience: float) -> None:
         """Wait until the listeners have all that was published, for so many seconds at most."""

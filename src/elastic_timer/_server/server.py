@@ -48,6 +48,10 @@ _FINE = 0.002
 # The shortest time between two rounds without work, in seconds. Less is a busy loop.
 _SHORTEST_INTERVAL = 0.001
 
+# How long, in seconds, all who are to be signalled in one round may wait together until listeners
+# have heard of their expiry. One that blocks makes them late by so much.
+_HEAD_START = 0.01
+
 # The pause after requests could not be got: an error that comes back at once must not burn a core.
 _ERROR_PAUSE = 0.1
 
@@ -156,6 +160,9 @@ class ProcessServer(abc.ABC, Generic[_R]):
         # Apart from the events, so that a listener that blocks costs nobody the evidence.
         self._reports = callbacks.Callbacks()
         self._exited: list[int] = []
+        # What listeners hear of once all who are due are signalled.
+        self._outbox: list[Event] = []
+        self._told_first_until = 0.0
         # What overdue workers were sent in this round.
         self._sent: list[int] = []
         self._looked_at = 0.0
@@ -312,13 +319,18 @@ class ProcessServer(abc.ABC, Generic[_R]):
         fresh = {pid: timers for pid, timers in expired.items() if pid not in self._retries}
         due = [pid for pid in expired if pid in fresh or self._retries[pid].at <= self._looked_at]
         evidence = self._contained(lambda: self._report(fresh), lambda: {})
-        with self._events.held():
-            for pid in due:
-                # A release that was written before the signal is honoured, however late it comes.
-                if self._take_last_minute():
-                    expired = self._find_expired(now)
-                if pid in expired:
-                    self._reap(pid, expired[pid], evidence.get(pid))
+        # Later: the listeners' threads would take the interpreter's lock from the loop, for
+        # milliseconds at a time.
+        self._outbox = []
+        self._told_first_until = _clock.monotonic() + _HEAD_START
+        for pid in due:
+            # A release that was written before the signal is honoured, however late it comes.
+            if self._take_last_minute():
+                expired = self._find_expired(now)
+            if pid in expired:
+                self._reap(pid, expired[pid], evidence.get(pid))
+        for event in self._outbox:
+            self._events.publish(event)
         killed = {pid for pid in due if self._workers.was_killed(pid)}
         if killed:
             self._contained(lambda: self.clear_timers(killed), lambda: self._workers.clear(killed))
@@ -401,9 +413,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
             signal = self._signal_for(timer)
             late = self._workers.seconds_late(timer)
             if not is_retry:
-                self._events.publish(
-                    TimerExpired(_clock.epoch(), pid, *ranks, timer, late, evidence)
-                )
+                self._tell_first(TimerExpired(_clock.epoch(), pid, *ranks, timer, late, evidence))
             if signal > 0:
                 break
         else:
@@ -430,9 +440,18 @@ class ProcessServer(abc.ABC, Generic[_R]):
         # Only these: what else it holds counts on, where it outlives the signal.
         self._workers.drop(timers)
         scopes = [expired.scope_id for expired in timers]
-        self._events.publish(
+        self._outbox.append(
             WorkerSignalled(_clock.epoch(), pid, *ranks, timer, signal, late, scopes)
         )
+
+    def _tell_first(self, event: Event) -> None:
+        """Give listeners a moment to hear of an expiry before the worker is signalled."""
+        left = self._told_first_until - _clock.monotonic()
+        if left > 0:
+            self._events.publish(event)
+            self._events.flush(left)
+        else:
+            self._outbox.append(event)
 
     def _signal(self, pid: int, signal: int) -> float | None:
         """Signal a worker; None if that is done, else the seconds before it is tried again."""
