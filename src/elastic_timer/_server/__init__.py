@@ -1,1 +1,1 @@
-"""What a timer server does between a request and a signal; imports nothing from outside of here."""
+"""What a timer server does between a request and a signal; nothing here knows of bytes or pipes."""

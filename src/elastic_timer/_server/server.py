@@ -209,9 +209,9 @@ class ProcessServer(abc.ABC, Generic[_R]):
         """Have a listener called with what happens, in its order and on a thread of its own.
 
         Args:
-            listener: Called with each record. What it raises is logged. Nobody waits for it, but
-                that more than a thousand records behind those that come are lost.
-            kinds: The kinds of records. None means all but the acquires and releases of timers.
+            listener: Called with each record. What it raises is logged. It holds nobody up for
+                more than 10 ms; while a thousand records wait for it, later ones are lost.
+            kinds: The kinds of records. Without any it is all but acquires and releases of timers.
         """
         self._events.subscribe(listener, *(kinds or _RARE_EVENTS))
 
