@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -38,6 +39,8 @@ def interrupt(function: Callable[[], object], at: int, *files: str) -> bool:
         Whether it came so far.
     """
     traced_before = sys.gettrace()
+    # What is collected meanwhile runs code of the same files, and is not what is to be interrupted.
+    gc.disable()
     sys._getframe().f_trace_opcodes = True  # Python 3.12 looks at it in settrace() alone.
     sys.settrace(Interrupts(at, files))
     try:
@@ -46,4 +49,5 @@ def interrupt(function: Callable[[], object], at: int, *files: str) -> bool:
         return True
     finally:
         sys.settrace(traced_before)
+        gc.enable()
     return False

@@ -22,11 +22,13 @@ from elastic_timer import FileTimerClient, expires
 path, kind, blocks, storm = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4] == "storm"
 client = FileTimerClient(path)
 left, right = (1 << 200_000) - 1, 1 << 100_000
-hot = False
 entered = interrupts = 0
+budget = 0  # A second one may come while the first is dealt with, and no third.
 
 def interrupt(*_):
-    if hot:
+    global budget
+    if budget:
+        budget -= 1
         raise KeyboardInterrupt
 
 def plain():
@@ -59,21 +61,22 @@ run = {
 }[kind]
 
 def attempt():
-    global hot, entered, interrupts
+    global budget, entered, interrupts
     try:
-        hot = True
+        budget = 2 if storm else 1
         if not storm:
             signal.setitimer(signal.ITIMER_REAL, random.uniform(0.00003, 0.0002))
         while entered < blocks:
             entered += 1
             run()
+        budget = 0
     except KeyboardInterrupt as error:
-        hot = False
+        budget = 0
         # As an interactive shell keeps it, with all frames.
         sys.last_traceback = error.__traceback__
         interrupts += 1
         client.release("mark")
-    hot = False
+    budget = 0
 
 run()  # What is made once is made now.
 before = len(os.listdir("/proc/self/fd"))
@@ -84,7 +87,7 @@ while entered < blocks:
     try:
         attempt()
     except KeyboardInterrupt:
-        hot = False
+        pass
 signal.setitimer(signal.ITIMER_REAL, 0)
 run()
 client.release("mark")

@@ -109,3 +109,12 @@ def test_full_pipe_that_could_block_only_delays(
         finally:
             late.join()
     assert received[-1] == "late"
+
+
+def test_c5_descriptor_of_the_queue_that_is_somebody_elses(mp_queue: Any) -> None:
+    """Where the queue's own descriptor has to do, it is an error, and nothing is closed."""
+    writer = _queue_pipe.PipeWriter(mp_queue)
+    with open(os.devnull) as other:
+        with pytest.raises(OSError, match="closed the descriptor of the timers' queue"):
+            writer._check(other.fileno())
+        assert other.read() == ""

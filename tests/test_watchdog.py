@@ -122,6 +122,18 @@ def test_two_threads_that_begin_to_wait_at_once(monkeypatch: pytest.MonkeyPatch)
     os.close(writer)
 
 
+def test_thread_that_begins_after_it_was_told_to_stop() -> None:
+    """As after a `start()` that Ctrl-C has cut short: it opens nothing, and runs no round."""
+    opens, runs, closes = Mock(), Mock(), Mock()
+    loop = Loop("test", True, opens, runs, closes)
+    loop._run.stop_requested.set()
+    loop._serve(loop._run)
+    assert loop._run.has_ended.is_set
+    assert not opens.called
+    assert not runs.called
+    closes.assert_called_once_with(False)
+
+
 # Stopping ---------------------------------------------------------------------------------------
 
 
