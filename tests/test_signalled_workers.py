@@ -196,11 +196,12 @@ def test_a11_reused_pid_is_a_new_worker(
     fifo_path: str, fork_worker: Fork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The new process of that number wrote while the server looked away: it is watched."""
-    looks_away, wrote = threading.Event(), threading.Event()
+    looks_away, is_away, wrote = threading.Event(), threading.Event(), threading.Event()
 
     class LooksAway(FileTimerServer):
         def _get_requests(self, fd: Any, max_interval: float) -> list[FileTimerRequest]:
             if looks_away.is_set():
+                is_away.set()
                 wrote.wait(20)
             return super()._get_requests(fd, max_interval)
 
@@ -210,7 +211,7 @@ def test_a11_reused_pid_is_a_new_worker(
         client._send_request(acquire(old.pid, "old", FAR))
         eventually(lambda: server._timers)
         looks_away.set()
-        eventually(lambda: looks_away.is_set())
+        assert is_away.wait(20)
         old.process.kill()
         old.process.join()
         new = start_with_pid(old.pid)
