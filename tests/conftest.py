@@ -174,6 +174,8 @@ def reader(fifo_path: str) -> Iterator[int]:
     descriptor = os.open(fifo_path, os.O_RDONLY | os.O_NONBLOCK)
     yield descriptor
     os.close(descriptor)
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(fifo_path)
 
 
 @pytest.fixture

@@ -296,6 +296,14 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
                 break
         return self._source.drain()
 
+    def clear_timers(self, worker_ids: set[int]) -> None:
+        """Drop all timers of some workers.
+
+        Args:
+            worker_ids: The workers.
+        """
+        self._workers.clear(worker_ids)
+
     def _reap_worker(self, worker_id: int) -> bool:
         """Kill a worker: every signal goes out through this hook.
 

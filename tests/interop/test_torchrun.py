@@ -68,7 +68,12 @@ def test_in_agent(launch: Launch, training: Training, tmp_path: Path) -> None:
     job = launch(
         str(JOBS / "launch.py"),
         *(str(alive), *options, *training.command(hanging_local_rank=1, after=2)),
-        env={"TORCHELASTIC_ENABLE_FILE_TIMER": "1", "TORCHELASTIC_HEALTH_CHECK_PORT": "0"},
+        env={
+            "TORCHELASTIC_ENABLE_FILE_TIMER": "1",
+            "TORCHELASTIC_HEALTH_CHECK_PORT": "0",
+            # Under `run` it is set: without it the restarted ranks fail to find each other.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        },
     )
     assert job.wait() == 0, job.output
     (hanging,) = training.events("hanging")
