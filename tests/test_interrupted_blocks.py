@@ -83,11 +83,22 @@ before = len(os.listdir("/proc/self/fd"))
 signal.signal(signal.SIGALRM, interrupt)
 if storm:
     signal.setitimer(signal.ITIMER_REAL, 0.001, 0.000_077)
-while entered < blocks:
+
+def attempt_all():
+    global budget
+    while entered < blocks:
+        try:
+            attempt()
+        except KeyboardInterrupt:
+            budget = 0
+
+while True:
     try:
-        attempt()
+        attempt_all()
+        budget = 0
+        break
     except KeyboardInterrupt:
-        pass
+        budget = 0
 signal.setitimer(signal.ITIMER_REAL, 0)
 run()
 client.release("mark")
