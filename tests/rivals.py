@@ -8,14 +8,12 @@ import random
 import stat
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from elastic_timer import FileTimerClient, FileTimerServer
-from tests.support import FAR, ForkedWorker, eventually, wire_line
-
-Fork = Callable[..., ForkedWorker]
+from tests.support import FAR, Fork, eventually, wire_line
 
 NOBODY = 65534
 

@@ -340,6 +340,11 @@ def no_more_threads() -> Iterator[None]:
         threading.stack_size(before)
 
 
+def wait_to_be_killed(channel: Any) -> None:
+    """A worker that does nothing, and has others send requests in its name."""
+    channel.recv()
+
+
 def overrun(channel: Any, client: TimerClient, after: float) -> None:
     """A worker that never leaves its block; it sends its deadline (monotonic) once it is in."""
     deadline = time.monotonic() + after

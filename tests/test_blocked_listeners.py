@@ -27,21 +27,14 @@ from elastic_timer._server.events import (
 from tests.support import (
     FAR,
     Child,
-    ForkedWorker,
+    Fork,
     assert_reaped_in_time,
     eventually,
     no_more_threads,
     overrun,
     running,
+    wait_to_be_killed,
 )
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-Fork = Callable[..., ForkedWorker]
-
-
-def wait_to_be_killed(channel: Any) -> None:
-    channel.recv()
 
 
 def block(unblock: threading.Event) -> None:

@@ -22,23 +22,15 @@ from elastic_timer import (
 from tests.support import (
     FAR,
     Child,
-    ForkedWorker,
+    Fork,
     assert_reaped_in_time,
     eventually,
     is_alive,
     overrun,
     running,
     wait_dead,
+    wait_to_be_killed,
 )
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-Fork = Callable[..., ForkedWorker]
-
-
-def wait_to_be_killed(channel: Any) -> None:
-    channel.recv()
-
 
 # Clocks (A6, A12) ---------------------------------------------------------------------------------
 

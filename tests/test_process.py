@@ -22,14 +22,18 @@ from elastic_timer._server.process import (
     refusal,
     state_of,
 )
-from tests.support import Fork, ForkedWorker, eventually, is_alive, no_more_descriptors, wait_dead
+from tests.support import (
+    Fork,
+    ForkedWorker,
+    eventually,
+    is_alive,
+    no_more_descriptors,
+    wait_dead,
+    wait_to_be_killed,
+)
 
 HAS_PIDFD = hasattr(os, "pidfd_open") and hasattr(signal, "pidfd_send_signal")
 HAS_PROC = os.path.exists("/proc/self/stat")
-
-
-def wait_to_be_killed(channel: Any) -> None:
-    channel.recv()
 
 
 @pytest.fixture

@@ -25,8 +25,6 @@ from elastic_timer._server.callbacks import flush_log
 from tests.instructions import interrupt
 from tests.support import FAR, eventually, no_more_descriptors, open_descriptors, running
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
 
 @pytest.fixture
 def mp_queue() -> Iterator[Any]:

@@ -25,11 +25,8 @@ from tests.support import (
     overrun,
     running,
     wait_dead,
+    wait_to_be_killed,
 )
-
-
-def wait_to_be_killed(channel: Any) -> None:
-    channel.recv()
 
 
 def ignore_and_overrun(channel: Any, client: FileTimerClient, after: float) -> None:

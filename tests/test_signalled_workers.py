@@ -15,22 +15,15 @@ from elastic_timer import FileTimerClient, FileTimerRequest, FileTimerServer, ex
 from tests.support import (
     FAR,
     Child,
-    ForkedWorker,
+    Fork,
     assert_reaped_in_time,
     eventually,
     is_alive,
     overrun,
     running,
     start_with_pid,
+    wait_to_be_killed,
 )
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-Fork = Callable[..., ForkedWorker]
-
-
-def wait_to_be_killed(channel: Any) -> None:
-    channel.recv()
 
 
 def acquire(pid: int, scope: str, after: float, number: int = signal.SIGKILL) -> FileTimerRequest:

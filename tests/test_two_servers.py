@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,17 +19,13 @@ from tests.rivals import (
 )
 from tests.support import (
     FAR,
-    ForkedWorker,
+    Fork,
     assert_reaped_in_time,
     eventually,
     overrun,
     running,
     wait_dead,
 )
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-Fork = Callable[..., ForkedWorker]
 
 
 def test_a3_path_of_a_running_server_is_refused(fifo_path: str, fork_worker: Fork) -> None:

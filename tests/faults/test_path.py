@@ -16,11 +16,7 @@ from tests.rivals import (
     overrun_amid_rubbish,
 )
 from tests.servers import Link, ServerProcess
-from tests.support import ForkedWorker, wait_dead
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded.*:DeprecationWarning")
-
-Fork = Callable[..., ForkedWorker]
+from tests.support import Fork, wait_dead
 
 
 def test_a4_one_of_two_simultaneous_starts_wins(fifo_path: str, fork_worker: Fork) -> None:

@@ -47,6 +47,10 @@ class Loop:
             a forked child, which must leave alone what its parent goes on using.
     """
 
+    _run: _Run
+    # The one that the thread is in; None outside of it.
+    _served: _Run | None
+
     def __init__(
         self,
         name: str,
@@ -60,8 +64,6 @@ class Loop:
         self._open_all = open_all
         self._run_rounds = run
         self._close_all = close_all
-        self._run = _Run()
-        self._served: _Run | None = None
         self._forget()
         self._selector: selectors.BaseSelector | None = None
         self._wake_fds: tuple[int, int] | None = None
