@@ -19,6 +19,7 @@ import elastic_timer
 from elastic_timer import FileTimerClient, FileTimerServer
 from tests.servers import Link, Serve, Server, ServerProcess, serve_questions
 from tests.support import (
+    CLI,
     Child,
     Fork,
     ForkedWorker,
@@ -131,6 +132,17 @@ def spawn() -> Iterator[Spawn]:
     yield start
     for child in children:
         child.close()
+
+
+@pytest.fixture
+def run(spawn: Spawn, tmp_path: Path) -> Callable[..., Child]:
+    """`run(*arguments)`: a Child that is `elastic-timer run`, its temporary folder `tmp_path`."""
+
+    def start(*arguments: str, source: str = CLI, **popen_kwargs: Any) -> Child:
+        environment = {**popen_kwargs.pop("env", {}), "TMPDIR": str(tmp_path)}
+        return spawn(source, "run", *arguments, env=environment, **popen_kwargs)
+
+    return start
 
 
 @pytest.fixture

@@ -24,6 +24,9 @@ from elastic_timer import FileTimerRequest, TimerClient, expires
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCE = REPOSITORY / "src"
 
+CLI = "import sys; from elastic_timer._command.main import main; sys.exit(main())"
+"""The command, as a program to which something can be added."""
+
 FAR = 600.0
 """A time, in seconds, that no test lives to see."""
 

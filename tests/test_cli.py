@@ -19,9 +19,7 @@ import pytest
 
 import elastic_timer
 from elastic_timer._command.main import main
-from tests.support import Child, is_alive
-
-CLI = "import sys; from elastic_timer._command.main import main; sys.exit(main())"
+from tests.support import CLI, Child, is_alive
 
 # A COMMAND that tells of every signal it gets, and of how often when it gets SIGUSR2.
 LISTENER = """
@@ -42,17 +40,6 @@ LISTENER = """
 def python(source: str) -> list[str]:
     """A COMMAND that runs this source."""
     return [sys.executable, "-c", textwrap.dedent(source)]
-
-
-@pytest.fixture
-def run(spawn: Callable[..., Child], tmp_path: Path) -> Callable[..., Child]:
-    """`run(*arguments)`: a Child that is `elastic-timer run`, its temporary folder `tmp_path`."""
-
-    def start(*arguments: str, source: str = CLI, **popen_kwargs: Any) -> Child:
-        environment = {**popen_kwargs.pop("env", {}), "TMPDIR": str(tmp_path)}
-        return spawn(source, "run", *arguments, env=environment, **popen_kwargs)
-
-    return start
 
 
 def events_in(path: Path) -> list[dict[str, Any]]:

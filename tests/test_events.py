@@ -23,7 +23,6 @@ from elastic_timer._command.event_file import EventFile
 from elastic_timer._server import events as kinds
 from tests.support import REPOSITORY, Child, fill_pipe
 
-CLI = "import sys; from elastic_timer._command.main import main; sys.exit(main())"
 SCHEMA = json.loads((resources.files("elastic_timer") / "events.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
@@ -34,17 +33,6 @@ def records_in(path: Path) -> list[dict[str, Any]]:
     for record in records:
         VALIDATOR.validate(record)
     return records
-
-
-@pytest.fixture
-def run(spawn: Callable[..., Child], tmp_path: Path) -> Callable[..., Child]:
-    """`run(*arguments)`: a Child that is `elastic-timer run`, its temporary folder `tmp_path`."""
-
-    def start(*arguments: str, source: str = CLI, **popen_kwargs: Any) -> Child:
-        environment = {**popen_kwargs.pop("env", {}), "TMPDIR": str(tmp_path)}
-        return spawn(source, "run", *arguments, env=environment, **popen_kwargs)
-
-    return start
 
 
 # It has a worker that overruns, one that only wants that to be reported, and one that ends within

@@ -14,20 +14,7 @@ from pathlib import Path
 import pytest
 
 from elastic_timer._command.main import main
-from tests.support import Child, eventually, fill_pipe
-
-CLI = "import sys; from elastic_timer._command.main import main; sys.exit(main())"
-
-
-@pytest.fixture
-def run(spawn: Callable[..., Child], tmp_path: Path) -> Callable[..., Child]:
-    """`run(*arguments)`: a Child that is `elastic-timer run`, its temporary folder `tmp_path`."""
-
-    def start(*arguments: str, source: str = CLI, **popen_kwargs: object) -> Child:
-        return spawn(source, "run", *arguments, env={"TMPDIR": str(tmp_path)}, **popen_kwargs)
-
-    return start
-
+from tests.support import CLI, Child, eventually, fill_pipe
 
 # --- a COMMAND without an interpreter's name
 
