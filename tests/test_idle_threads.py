@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -45,10 +46,10 @@ BUSY_LIBRARIES = """
 
 
 def test_s8_idle_threads_of_libraries_are_one_line(
-    spawn: Spawn, caplog: pytest.LogCaptureFixture
+    spawn: Spawn, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """They are counted and named; the main thread and the user's own are shown, the fields full."""
-    child = spawn(BUSY_LIBRARIES)
+    child = spawn(BUSY_LIBRARIES, env={"TMPDIR": str(tmp_path)})
     assert child.readline() == "stuck"
     eventually(lambda: process_state(child.pid) == "S")
     log_debug_info_for_expired_timers("run", {child.pid: expired(child.pid)})

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -160,8 +161,11 @@ def test_a6_hook_that_signals_raises_once(fifo_path: str, fork_worker: Fork) -> 
 # Sources that fail (A5, B2) -----------------------------------------------------------------------
 
 
-def test_b2_queue_whose_manager_has_died(fork_worker: Fork) -> None:
+def test_b2_queue_whose_manager_has_died(
+    fork_worker: Fork, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """What it held is reaped in time, though every look at the queue raises from then on."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # Killed, it leaves its folder behind.
     manager = multiprocessing.get_context("spawn").Manager()
     try:
         with running(LocalTimerServer(manager.Queue())) as server:  # type: ignore[arg-type]

@@ -9,8 +9,10 @@ import queue
 import signal
 import struct
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -246,8 +248,11 @@ def test_b2_what_was_taken_from_a_queue_that_fails_counts() -> None:
         requests.drain()
 
 
-def test_b2_managers_queue_whose_manager_died() -> None:
+def test_b2_managers_queue_whose_manager_died(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """The same with a real one."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # Killed, it leaves its folder behind.
     with multiprocessing.get_context("fork").Manager() as manager:
         requests = MultiprocessingRequestQueue(manager.Queue())  # type: ignore[arg-type]
         assert requests.drain() == []
