@@ -10,9 +10,10 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 from elastic_timer import __version__
-from elastic_timer._command.run import ENDED_BY_SIGNAL, run
+from elastic_timer._command.run import ENDED_BY_SIGNAL, Options, run
 
 _STDERR = 2
 
@@ -113,13 +114,9 @@ def _run(options: argparse.Namespace) -> int:
     if not hasattr(os, "posix_spawnp"):
         parser.error("this needs FIFOs and signals, which this platform does not have")
     try:
-        return run(
-            options.command,
-            options.timer_file,
-            options.run_id,
-            options.max_interval,
-            options.events,
-        )
+        # Whatever is asked for bears the name that the parser has it by.
+        asked = {field.name: getattr(options, field.name) for field in fields(Options)}
+        return run(Options(**asked))
     except OSError as error:
         parser.error(str(error))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import shutil
@@ -34,21 +35,30 @@ _GROUP_FOLLOWS = 0.05
 _GROUP_REMEMBERED = 0.25
 
 
-def run(
-    command: list[str],
-    timer_file: str | None,
-    run_id: str,
-    max_interval: float,
-    events: str | None,
-) -> int:
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What was asked for on the command line.
+
+    Attributes:
+        command: What to run, and its arguments.
+        run_id: The name of the run.
+        timer_file: Where to make the FIFO; None for a private temporary folder.
+        max_interval: The longest pause between two rounds of the server, in seconds.
+        events: The file or FIFO to append events to; None for no events.
+    """
+
+    command: list[str]
+    run_id: str
+    timer_file: str | None = None
+    max_interval: float = 10.0
+    events: str | None = None
+
+
+def run(options: Options) -> int:
     """Run COMMAND to its end, handing on the signals that this process gets.
 
     Args:
-        command: What to run, and its arguments.
-        timer_file: Where to make the FIFO; None for a private temporary folder.
-        run_id: The name of the run.
-        max_interval: The longest pause between two rounds of the server, in seconds.
-        events: The file or FIFO to append events to; None for no events.
+        options: What was asked for.
 
     Returns:
         The status to exit with: COMMAND's own, or as a shell has it where it has none.
@@ -61,12 +71,13 @@ def run(
     signals, mask_before = _block_signals()
     with contextlib.ExitStack() as cleanup:
         try:
+            timer_file = options.timer_file
             if timer_file is None:
                 folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="elastic-timer-"))
                 timer_file = os.path.join(folder, "timers")
-            server = FileTimerServer(timer_file, run_id, max_interval)
-            if events is not None:
-                server.subscribe(EventFile(events, run_id).append)
+            server = FileTimerServer(timer_file, options.run_id, options.max_interval)
+            if options.events is not None:
+                server.subscribe(EventFile(options.events, options.run_id).append)
             cleanup.enter_context(server)
         except OSError:
             cleanup.close()
@@ -74,9 +85,9 @@ def run(
             signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
             raise
         try:
-            pid = _start(command, timer_file, mask_before)
+            pid = _start(options.command, timer_file, mask_before)
         except OSError as error:
-            logger.error("cannot run %s: %s", command[0], error.strerror)
+            logger.error("cannot run %s: %s", options.command[0], error.strerror)
             return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
         # Not before COMMAND is there: what it has not had has to be forwarded.
         with contextlib.closing(_GroupWitness()) as witness:

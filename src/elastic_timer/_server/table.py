@@ -52,14 +52,20 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
     def __repr__(self) -> str:
         return f"{type(self).__name__}({dict(self)!r})"
 
-    def acquire(self, worker: _Worker, scope: str, request: _Request, deadline: float) -> None:
-        """Hold a timer; it replaces the one that the worker holds for the scope, if any."""
+    def acquire(self, worker: _Worker, scope: str, request: _Request, deadline: float) -> bool:
+        """Hold a timer; it replaces the one that the worker holds for the scope, if any.
+
+        Returns:
+            Whether it held none.
+        """
         scopes = self._timers.setdefault(worker, {})
-        self._size += scope not in scopes
+        is_new = scope not in scopes
+        self._size += is_new
         self._serial += 1
         scopes[scope] = self._serial, deadline, request
         heapq.heappush(self._heap, (deadline, self._serial, worker, scope))
         self._prune()
+        return is_new
 
     def release(self, worker: _Worker, scope: str) -> None:
         """Drop one timer; a release of what is not held does nothing."""

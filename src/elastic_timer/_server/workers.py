@@ -6,10 +6,11 @@ import contextlib
 import math
 import signal as signals
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from elastic_timer import _clock
+from elastic_timer._server.blocks import block_of
 from elastic_timer._server.callbacks import contained_logger
 from elastic_timer._server.process import (
     ProcessHandle,
@@ -30,6 +31,9 @@ logger = contained_logger(__name__)
 # of the wall clock. What is below it is only the time between reading the one and the other.
 _CLOCK_STEP = 0.001
 
+
+# Of how many blocks a worker's passes are counted: scopes may be made up without end.
+_MOST_BLOCKS = 1000
 
 # A worker that others say they have killed and that is heard of after so many seconds lives.
 _DYING = 0.2
@@ -95,8 +99,16 @@ class _Worker:
         self.process = process
         self.rank, self.local_rank = ranks(environment_of(pid)) if pid > 0 else (None, None)
         self.watched_fd: int | None = None
+        # How often it has entered each block.
+        self.passes: dict[str, int] = {}
         # Until then, in monotonic seconds, its requests are those of a process about to die.
         self.deaf_until = 0.0
+
+    def count_pass(self, block: str) -> None:
+        if block in self.passes:
+            self.passes[block] += 1
+        elif len(self.passes) < _MOST_BLOCKS:
+            self.passes[block] = 1
 
 
 class Gone(NamedTuple):
@@ -172,7 +184,8 @@ class Workers(Generic[_Request]):
                     self._forget_idle_group(pid)
                 elif self._hold(pid, claims_to_run):
                     deadline = self.clock.to_monotonic(request.expiration_time)
-                    self.table.acquire(pid, scope, request, deadline)
+                    if self.table.acquire(pid, scope, request, deadline):
+                        self._workers[pid].count_pass(block_of(scope))
                 else:
                     logger.debug("Dropped a timer of worker %s, which is gone: %s", pid, scope)
                     continue
@@ -248,6 +261,11 @@ class Workers(Generic[_Request]):
         """The rank of a worker in its job and on this host; None where it has none."""
         worker = self._workers.get(pid)
         return (None, None) if worker is None else (worker.rank, worker.local_rank)
+
+    def passes(self, pid: int) -> Mapping[str, int]:
+        """How often a worker has entered each block; an acquire of a timer it holds is no entry."""
+        worker = self._workers.get(pid)
+        return {} if worker is None else worker.passes
 
     def was_killed(self, pid: int) -> bool:
         """Whether the worker was sent SIGKILL: no more timers of it are accepted."""
