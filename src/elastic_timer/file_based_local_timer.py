@@ -408,7 +408,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
             FileExistsError: Since the server was made, something else was put in its FIFO's place,
                 or another server has begun to read at its path.
             RuntimeError: It was stopped while it was busy, and still is; or the threads of this
-                process are eventlet's.
+                process are eventlet's or gevent's.
         """
         self._run_once = False
         super().start()

@@ -301,15 +301,23 @@ class _Run:
         self.failure: BaseException | None = None
 
 
+# Libraries whose threads take turns: where each keeps what it has replaced, how to ask for it, and
+# what it calls the threads.
+_GREEN_THREADS = (
+    ("eventlet.patcher", "is_monkey_patched", "thread"),
+    ("gevent.monkey", "is_module_patched", "threading"),
+)
+
+
 def refuse_green_threads() -> None:
     """Raise RuntimeError where threads do not run by themselves."""
-    patcher = sys.modules.get("eventlet.patcher")
-    if patcher is not None and patcher.is_monkey_patched("thread"):
-        raise RuntimeError(
-            "eventlet has replaced the threads of this process by its own, in which a watchdog "
-            "stands still while the others work: start the server in a process of its own, or with "
-            "`elastic-timer run -- ...`"
-        )
+    for patcher, is_patched, threads in _GREEN_THREADS:
+        if patcher in sys.modules and getattr(sys.modules[patcher], is_patched)(threads):
+            raise RuntimeError(
+                f"{patcher.partition('.')[0]} has replaced the threads of this process by its own, "
+                "in which a watchdog stands still while the others work: start the server in a "
+                "process of its own, or with `elastic-timer run -- ...`"
+            )
 
 
 def _forget_parents() -> None:

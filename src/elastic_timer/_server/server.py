@@ -186,7 +186,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         Raises:
             OSError: What requests come through can't be opened.
             RuntimeError: It was stopped while it was busy, and still is; or the threads of this
-                process are eventlet's.
+                process are eventlet's or gevent's.
         """
         self._stop_signaled = False
         if self._loop.start():
