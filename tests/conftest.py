@@ -32,12 +32,27 @@ from tests.support import (
 
 _FAILED = pytest.StashKey[bool]()
 
+# Each takes a second or two of a core to begin.
+_WORKERS_PER_CORE = 4
+_MOST_WORKERS = 16
+
 # Ignored, as nohup and a shell's `&` leave them, they would be for the children of the tests, too,
 # and `elastic-timer run` respects that.
 for _name in ("SIGHUP", "SIGINT", "SIGQUIT"):
     _number = getattr(signal, _name, None)
     if _number is not None and signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _name == "SIGINT" else signal.SIG_DFL)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Run the whole suite in more workers than there are cores, as most tests wait.
+
+    A few files are quicker without the start of workers, and can be stopped in a debugger.
+    """
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # By which the plugin itself is told.
+    is_suite = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return min(_WORKERS_PER_CORE * (os.cpu_count() or 1), _MOST_WORKERS) if is_suite else 0
 
 
 @pytest.hookimpl(wrapper=True)

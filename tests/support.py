@@ -260,10 +260,13 @@ def start_with_pid(pid: int, **options: Any) -> subprocess.Popen[bytes] | None:
     """A sleeping process with this very pid; None where the kernel does not give it."""
     for _ in range(50):
         try:
+            before = LAST_PID.read_text()
             LAST_PID.write_text(str(pid - 1))
         except OSError:
             return None
         process = subprocess.Popen(["sleep", str(FAR)], **options)
+        # Or the next processes of other tests are given pids that were others' a moment ago.
+        LAST_PID.write_text(before)
         if process.pid == pid:
             return process
         # Somebody else was quicker, or the pid is taken.
