@@ -67,7 +67,9 @@ TARGETS = [
     Target("_server.table", [], ["tests/test_timer_table.py", SURVIVORS]),
     Target("_server.process", ["ranks"], ["tests/test_ranks.py"]),
     Target("_server.workers", ["EpochClock"], ["tests/test_epoch_clock.py"]),
-    Target("_transport.wire", [], ["tests/test_wire.py", SURVIVORS]),
+    Target(
+        "_transport.wire", [], ["tests/test_wire.py", SURVIVORS, "tests/test_cached_requests.py"]
+    ),
     Target(
         "api",
         ["_send_owed", "expires", "_seconds", "_place", "_thread_or_task"],
