@@ -79,9 +79,9 @@ class Group(TypedDict):
 class Answer(TypedDict):
     """Who hangs a job, as far as can be told; can be written as JSON as it is.
 
-    `groups` begin with those of the suspects. `missing` are the ranks that no picture has though the
-    world size says that they exist. `reasons` are why the suspects are; without suspects, why there
-    are none.
+    `groups` begin with those of the suspects. `missing` are the ranks that no picture has though
+    the world size says that they exist. `reasons` are why the suspects are suspects; without any,
+    why there are none.
     """
 
     job: Job
