@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 from elastic_timer._evidence.expiry import describe_stacks
 from elastic_timer._evidence.facts import one_line
-from elastic_timer._evidence.place import Place, describe_frames, is_at_work, place_of
+from elastic_timer._evidence.place import (
+    Place,
+    describe_frames,
+    is_at_work,
+    place_of,
+    without_parents,
+)
 
 if TYPE_CHECKING:
     from elastic_timer._evidence.expiry import Descendant
@@ -31,7 +37,11 @@ _STOPPED = {
 _MOST_GROUPS = 12
 _MOST_SPANS = 8
 _MOST_NAMED = 3
-_MOST_LINES = 30  # on each suspect
+_WIDEST = 80
+_MOST_LINES = 60  # on each suspect
+
+# There is no larger job; whoever says so is not to have so much memory used up.
+_MOST_RANKS = 1 << 20
 
 
 class Job(TypedDict):
@@ -147,7 +157,7 @@ def who_hangs(
         raise ValueError("there are no members in these pictures")
     job = pictures[0]["job"]
     ranks = sorted({one.member["rank"] for one in seen})
-    missing = sorted(set(range(job["world_size"] or 0)).difference(ranks))
+    missing = sorted(set(range(min(job["world_size"] or 0, _MOST_RANKS))).difference(ranks))
     suspects, reasons = _suspects(seen)
     suspected = [seen[index].member["rank"] for index in sorted(suspects)]
     if not suspects and missing and all(one.waits for one in seen):
@@ -198,17 +208,26 @@ def _waits(place: Place, waiting: Collection[tuple[str, ...]]) -> bool:
     return place.in_collective or by_others
 
 
-def describe(answer: Answer) -> str:
-    """The answer as text: who, then one line a group, then what the suspects were doing."""
+def describe(answer: Answer, *, missing: str | None = None, details: int = _MOST_LINES) -> str:
+    """The answer as text: who, then one line a group, then what the suspects were doing.
+
+    Args:
+        answer: What `who_hangs` has found.
+        missing: What to say of ranks that no picture has; `None` for nothing.
+        details: How many lines there may be on what each of the suspects was doing.
+    """
     groups = answer["groups"]
     lines = [
         f"{_count(len(answer['ranks']), 'rank')} on {_count(len(answer['hosts']), 'host')}, "
         f"{_count(len(groups), 'group')} of stacks",
         _conclusion(answer),
     ]
-    rows = [(_ranks(group["ranks"]), _doing(group)) for group in groups[:_MOST_GROUPS]]
-    width = max(len(ranks) for ranks, _ in rows)
-    lines += [f"  {ranks:{width}}  {doing}" for ranks, doing in rows]
+    rows = [(_ranks(group["ranks"]), *_doing(group)) for group in groups[:_MOST_GROUPS]]
+    if missing and answer["missing"]:
+        rows.append((_ranks(answer["missing"]), missing, ""))
+    wide, wider = (max(len(row[column]) for row in rows) for column in (0, 1))
+    wider = min(wider, _WIDEST)
+    lines += [f"  {ranks:{wide}}  {what:{wider}}   {where}".rstrip() for ranks, what, where in rows]
     if others := groups[_MOST_GROUPS:]:
         ranks = sum(len(group["ranks"]) for group in others)
         lines.append(f"  and {_count(len(others), 'group')} more, of {_count(ranks, 'rank')}")
@@ -216,7 +235,7 @@ def describe(answer: Answer) -> str:
     first = {group["ranks"][0] for group in groups if group["suspected"]}
     detailed = [member for member in answer["suspects"] if member["rank"] in first]
     for member in detailed[:_MOST_NAMED]:
-        lines += _details(member)
+        lines += _details(member, details)
     return "\n".join(lines)
 
 
@@ -401,13 +420,8 @@ def _group(seen: Sequence[Seen], suspected: bool) -> Group:
     place = seen[0].place
     scopes = {short_scope(member["scope"]) for member in members if member["scope"]}
     passes = {one.pass_of(short_scope(one.member["scope"])) for one in seen if one.member["scope"]}
-    at_work = (
-        place_of(descendant["stacks"] or [])
-        for member in members
-        for descendant in member["descendants"]
-        if suspected and is_at_work(descendant["stacks"])
-    )
-    descendant = next(at_work, None)
+    at_work = next((_at_work(member) for member in members if suspected and _at_work(member)), [])
+    descendant = place_of(at_work[0][0]["stacks"] or []) if at_work else None
     return {
         "ranks": [member["rank"] for member in members],
         "hosts": sorted({member["host"] for member in members}),
@@ -441,7 +455,8 @@ def _conclusion(answer: Answer) -> str:
     return f"{'suspect' if len(suspected) == 1 else 'suspects'}: {names}, {reasons}"
 
 
-def _doing(group: Group) -> str:
+def _doing(group: Group) -> tuple[str, str]:
+    """What the ranks of a group do, and in which block."""
     told = f"no stacks: {group['stacks_missing']}"
     if group["frames"]:
         told = describe_frames(group["frames"])
@@ -454,21 +469,35 @@ def _doing(group: Group) -> str:
         where += f", pass {_listed(group['passes'])}"
     if group["seconds"] is not None:
         where += f", {group['seconds']:.1f} s"
-    return f"{told}   {where}"
+    return told, where
 
 
-def _details(member: Member) -> list[str]:
+def _details(member: Member, most: int) -> list[str]:
     """All that is known of a suspect; children that wait for work left out."""
     lines = describe_stacks(member)
-    for descendant in member["descendants"]:
-        if is_at_work(descendant["stacks"]):
-            lines.append(f"descendant {descendant['pid']}: {descendant['command'] or ''}")
-            lines += [f"  {line}" for line in describe_stacks(descendant)]
-    if len(lines) > _MOST_LINES:
-        lines[_MOST_LINES:] = [f"and {_count(len(lines) - _MOST_LINES, 'line')} more"]
+    for alike in _at_work(member):
+        pids = ", ".join(str(descendant["pid"]) for descendant in alike)
+        noun = "descendant" if len(alike) == 1 else "descendants"
+        lines.append(f"{noun} {pids}: {alike[0]['command'] or ''}")
+        stacks = without_parents(alike[0]["stacks"] or [])
+        lines += [
+            f"  {line}" for line in describe_stacks({"stacks": stacks, "stacks_missing": None})
+        ]
+    if len(lines) > most:
+        lines[most:] = [f"and {_count(len(lines) - most, 'line')} more"]
     state = f", state {member['state']}" if member["state"] else ""
     title = f"rank {member['rank']} ({member['host']}, pid {member['pid']}{state}):"
     return [title, *(f"  {line}" for line in lines)]
+
+
+def _at_work(member: Member) -> list[list[Descendant]]:
+    """The child processes that do something, those at the same place together."""
+    found: dict[object, list[Descendant]] = {}
+    for descendant in member["descendants"]:
+        if is_at_work(descendant["stacks"]):
+            place = place_of(descendant["stacks"] or [])
+            found.setdefault(place and place.key, []).append(descendant)
+    return list(found.values())
 
 
 def _ranks(ranks: Collection[int]) -> str:

@@ -102,6 +102,11 @@ def is_at_work(threads: Sequence[ThreadStack] | None) -> bool:
     return _Stack(threads[0]).has_own if threads else False
 
 
+def without_parents(threads: Iterable[ThreadStack]) -> list[ThreadStack]:
+    """The threads of a process without the frames of the one that forked it."""
+    return [{**thread, "frames": _since_fork(thread["frames"])} for thread in threads]
+
+
 def describe_frames(frames: Iterable[Frame]) -> str:
     """Frames on one line, in their order."""
     return " < ".join(map(describe_frame, frames))
@@ -125,11 +130,9 @@ class _Stack:
         self.frames: list[Frame] = []
         self.native: list[Frame] = []
         self.is_idle = not thread["active"] and not thread["gil"]
-        for frame in reversed(thread["frames"]):
+        for frame in reversed(_since_fork(thread["frames"])):
             if _kind(frame["file"]) != "native":
                 self.frames.append(frame)
-                if frame["function"].endswith("_bootstrap") and _PROCESS.search(frame["file"]):
-                    break
             elif not self.frames:
                 self.native.append(frame)
 
@@ -197,6 +200,15 @@ def _telling(stacks: Sequence[_Stack], collectives: Collection[str]) -> _Stack:
         others = []
     waiting = [other for other in others if other.collective or other.is_named(collectives)]
     return [*waiting, *others, main][0]
+
+
+def _since_fork(frames: list[Frame]) -> list[Frame]:
+    """What is inside of the function that a process of multiprocessing begins with."""
+    for index in range(len(frames) - 1, -1, -1):
+        frame = frames[index]
+        if frame["function"].endswith("_bootstrap") and _PROCESS.search(frame["file"]):
+            return frames[index:]
+    return frames
 
 
 def _index(frames: Sequence[Frame], wanted: Frame) -> int:
