@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import random
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import time
@@ -19,11 +17,11 @@ import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.interop.conftest import JOBS, MARK, Job, marked_processes, read_lines
+from tests.interop.conftest import JOBS, MARK, Job, find_free_port, marked_processes, read_lines
 
 RANKS = 3
 HANGING_RANK = 1
-PATIENCE = 80.0
+PATIENCE = 60.0
 """How long a job may take, in seconds; one that recovers takes some twelve."""
 
 RUN = ["-m", "elastic_timer", "run", "--"]
@@ -99,59 +97,47 @@ class Training:
         assert hung not in [line["pid"] for line in finished]
         return len(started) // RANKS
 
-    def kill(self) -> None:
-        """End what is still running of torchrun and its server."""
+    def close(self) -> None:
+        """End what is still running of torchrun and its server, and what hung."""
         for node in self.nodes:
             if node.process.poll() is None:
                 node.process.kill()
                 node.process.wait()
-
-
-def free_port() -> int:
-    """A TCP port on which nobody listens.
-
-    From below the range that the system hands out by itself: no connection of another
-    process can take it between this look and its use.
-    """
-    while True:
-        port = random.randint(15000, 31000)
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
+        # The loader's process outlives its rank, unless torchrun was the first to end that.
+        for line in self.events("hangs"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(line["pid"], signal.SIGKILL)
 
 
 def try_once(way: Way, where: str, folder: Path) -> str:
-    """What became of one job, in one line."""
+    """What became of one job, in a few words."""
     os.environ[MARK] = mark = str(uuid.uuid4())
-    began = time.monotonic()
-    training = Training(way, where, folder, free_port())
-    try:
-        codes = training.wait(PATIENCE)
-        return f"{training.attempts()} attempts" if not any(codes) else f"exit codes {codes}"
-    except AssertionError as error:
-        return str(error).partition("\n")[0] or "did not finish"
-    finally:
-        print(f"{time.monotonic() - began:.1f} s", end=" ", flush=True)
-        training.kill()
-        while left := marked_processes(f"{MARK}={mark}"):
-            print("left:", len(left), end=" ", flush=True)
-            for pid in left:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            time.sleep(0.2)
+    with contextlib.closing(Training(way, where, folder, find_free_port())) as training:
+        try:
+            codes = training.wait(PATIENCE)
+            outcome = f"{training.attempts()} attempts" if not any(codes) else f"exit {codes}"
+        except AssertionError as error:
+            outcome = str(error).partition("\n")[0] or "it did not finish"
+        left = len(marked_processes(f"{MARK}={mark}"))
+    while still := marked_processes(f"{MARK}={mark}"):
+        for pid in still:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.2)
+    return f"{outcome}, {left} processes left"
 
 
 def main(way: str, where: str, times: int) -> None:
-    """Try it so often; prints each job's outcome, keeps the folders of those that failed."""
-    good = 0
+    """Try it so often; tells each job's outcome, and keeps the folders of those that failed."""
+    recovered = 0
     for _ in range(times):
         folder = Path(tempfile.mkdtemp(prefix="recovery-"))
         outcome = try_once(WAYS[way], where, folder)
-        good += outcome.endswith("attempts")
-        print(f"{way}, {where}: {outcome} in {folder}", flush=True)
-        if outcome.endswith("attempts"):
+        print(f"{way}, {where}: {outcome}, {folder}", flush=True)
+        if " attempts" in outcome:
+            recovered += 1
             shutil.rmtree(folder)
-    print(f"{way}, {where}: {good} of {times} recovered", flush=True)
+    print(f"{way}, {where}: {recovered} of {times} recovered", flush=True)
 
 
 if __name__ == "__main__":

@@ -69,8 +69,8 @@ def main() -> None:
     """Take the steps, each with a deadline around all of it."""
     note("started")
     elastic_timer.configure()
-    with elastic_timer.expires(after=60, scope="start"):
-        distributed.init_process_group("gloo", timeout=timedelta(seconds=60))
+    with elastic_timer.expires(after=30, scope="start"):
+        distributed.init_process_group("gloo", timeout=timedelta(seconds=30))
         alone = distributed.new_group()
         summands = iter(DataLoader(Summands(), batch_size=None, num_workers=int(WHERE in LOADED)))
         distributed.barrier()
