@@ -130,8 +130,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.fixture
-def free_port() -> int:
+def find_free_port() -> int:
     """A TCP port on which nobody listens.
 
     From below the range that the system hands out by itself: no connection of another
@@ -142,3 +141,9 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+@pytest.fixture
+def free_port() -> int:
+    """As `find_free_port` has it."""
+    return find_free_port()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Set
 
 from elastic_timer import FileTimerServer
+from elastic_timer._command import torchrun
 from elastic_timer._command.event_file import EventFile
 from elastic_timer._command.leftovers import Leftovers
 from elastic_timer._server.callbacks import contained_logger
@@ -92,6 +93,8 @@ def run(options: Options) -> int:
             raise
         # Before COMMAND can leave anything behind.
         leftovers = Leftovers(signals, options.kill_tree)
+        for warning in torchrun.warnings(options.command, os.environ):
+            logger.warning("%s", warning)
         try:
             pid = _start(options.command, timer_file, mask_before)
         except OSError as error:
@@ -127,7 +130,7 @@ def _start(command: list[str], timer_file: str, mask: Set[int]) -> int:
     environment.pop("TORCHELASTIC_ENABLE_FILE_TIMER", None)
     # Otherwise torchrun 2.13 hands the store of the reaped attempt on to the next one, whose ranks
     # then look for each other at the addresses of the dead.
-    environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    environment.setdefault(torchrun.NOT_SHARED, "1")
     # Python ignores these in its own process; a program that it starts expects their default.
     ignored = [signal.SIGPIPE, signal.SIGXFSZ]
 
