@@ -51,6 +51,10 @@ class Loop:
             forked child, which must leave alone what its parent goes on using.
     """
 
+    _run: _Run
+    # The run that the thread is in now; None outside of it.
+    _served: _Run | None
+
     def __init__(
         self,
         name: str,
@@ -272,8 +276,7 @@ class Loop:
         # an earlier start was interrupted and its thread comes late.
         self._serving = threading.Lock()
         self._run = _Run()
-        # The run that the thread is in now; None outside of it.
-        self._served: _Run | None = None
+        self._served = None
 
 
 class _Flag:
