@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import textwrap
 import threading
+import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 
 import elastic_timer
 from elastic_timer import FileTimerClient, FileTimerServer
+from tests.jobs import PRELUDE
 from tests.servers import Link, Serve, Server, ServerProcess, serve_questions
 from tests.support import (
     CLI,
@@ -26,6 +29,7 @@ from tests.support import (
     Spawn,
     child_pids,
     eventually,
+    kill_marked,
     open_descriptors,
     running,
 )
@@ -156,6 +160,25 @@ def run(spawn: Spawn, tmp_path: Path) -> Callable[..., Child]:
     def start(*arguments: str, source: str = CLI, **popen_kwargs: Any) -> Child:
         environment = {**popen_kwargs.pop("env", {}), "TMPDIR": str(tmp_path)}
         return spawn(source, "run", *arguments, env=environment, **popen_kwargs)
+
+    return start
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A mark in the environment, as name=value; who began with it does not outlive the test."""
+    mark = f"ELASTIC_TIMER_TEST_JOB={uuid.uuid4()}"
+    yield mark
+    eventually(lambda: not kill_marked(mark))
+
+
+@pytest.fixture
+def job(spawn: Spawn, mark: str) -> Callable[..., Child]:
+    """`job(source, *arguments)`: a Child with the mark, which has what stands in PRELUDE."""
+
+    def start(source: str, *arguments: str) -> Child:
+        name, _, value = mark.partition("=")
+        return spawn(PRELUDE + textwrap.dedent(source), *arguments, env={name: value})
 
     return start
 

@@ -285,6 +285,26 @@ def child_pids(pid: int | None = None) -> set[int]:
     return children
 
 
+def marked_processes(mark: str) -> dict[int, str]:
+    """The running processes that were started with the mark, and their command lines."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # They come and go while this looks.
+            if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ")
+                found[int(process.name)] = command.decode(errors="replace").strip()
+    return found
+
+
+def kill_marked(mark: str) -> dict[int, str]:
+    """Kill those that run with the mark, and return them."""
+    left = marked_processes(mark)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return left
+
+
 def _stat_fields(pid: int) -> list[str]:
     """The fields of /proc/<pid>/stat from the state on."""
     try:
