@@ -42,6 +42,14 @@ PACKAGE = Path(elastic_timer.__file__).parent
 PATIENCE = 60
 """How long a program of the documentation may take, in seconds; the slowest takes some three."""
 
+COMMANDS = {
+    "python": "",
+    "elastic-timer": "-m elastic_timer",
+    "celery": "-m celery",
+    "ray": "-m ray.scripts.scripts",
+}
+"""The programs of this Python's environment that commands of the documentation call."""
+
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<remark>needs|not run|setup):\s*(?P<detail>.*?)\s*-->\n)?"
     r"^```(?P<language>\w+)\n(?P<text>.*?)^```\n",
@@ -69,10 +77,10 @@ class Block(NamedTuple):
     @property
     def is_run(self) -> bool:
         """Whether the tests are to run it."""
-        if self.language == "sh":
-            return self.prints is not None
         if self.needs and not importlib.util.find_spec(self.needs):
             return False
+        if self.language == "sh":
+            return self.prints is not None
         return self.why_not_run is None
 
 
@@ -102,13 +110,13 @@ BLOCKS = {page: list(blocks_of(page)) for page in PAGES}
 def run(spawn: Spawn, tmp_path: Path) -> Callable[..., str]:
     """`run(command, ..., **popen_kwargs)`: what a command prints; it has to exit with 0.
 
-    It runs in the folder `work`, with the `python` and the `elastic-timer` of these tests.
+    It runs in the folder `work`, with the `COMMANDS` of these tests' own environment.
     """
     for name in ("bin", "tmp", "work"):
-        (tmp_path / name).mkdir()
-    for name, arguments in (("python", '"$@"'), ("elastic-timer", '-m elastic_timer "$@"')):
+        (tmp_path / name).mkdir(exist_ok=True)
+    for name, module in COMMANDS.items():
         script = tmp_path / "bin" / name
-        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments}\n')
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
         script.chmod(0o755)
     environment = {
         "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
