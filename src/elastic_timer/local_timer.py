@@ -24,7 +24,11 @@ from elastic_timer._transport.queue_pipe import (
 )
 from elastic_timer._transport.rubbish import RubbishLog
 from elastic_timer.api import RequestQueue, TimerClient, TimerRequest, TimerServer
-from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
+from elastic_timer.debug_info_logging import (
+    log_debug_info_for_expired_timers,
+    native_stacks,
+    stacks_timeout,
+)
 
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
@@ -326,3 +330,6 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
 
     def _debug_hook_timeout(self) -> float:
         return stacks_timeout()
+
+    def _native_stacks(self) -> bool:
+        return native_stacks()

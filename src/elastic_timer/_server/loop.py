@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 
 # Loaded with the first server: the first worker's end shall not wait for it.
-import elastic_timer._evidence.expiry  # noqa: F401
+import elastic_timer._evidence.collector  # noqa: F401
 from elastic_timer._server import callbacks
 
 logger = callbacks.contained_logger(__name__)
@@ -139,6 +139,10 @@ class Loop:
     def is_stopping(self) -> bool:
         """Whether the thread was told to end."""
         return (self._served or self._run).stop_requested.is_set
+
+    def is_serving(self) -> bool:
+        """Whether rounds follow one another on the thread; else somebody runs a single one."""
+        return self._served is not None
 
     def wake_from_outside(self) -> None:
         """Let the thread look again, unless it is the caller."""
