@@ -42,6 +42,7 @@ from elastic_timer._transport.pipe import (
 from elastic_timer._transport.wire import acquire_line, encode, encode_line, release_line
 from elastic_timer.api import TimerClient, TimerRequest
 from elastic_timer.debug_info_logging import (
+    collectives,
     log_debug_info_for_expired_timers,
     native_stacks,
     stacks_timeout,
@@ -529,11 +530,8 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
     def _call_debug_hook(self, expired: dict[int, list[str]]) -> object:
         return log_debug_info_for_expired_timers(self._run_id, expired)
 
-    def _debug_hook_timeout(self) -> float:
-        return stacks_timeout()
-
-    def _native_stacks(self) -> bool:
-        return native_stacks()
+    def _evidence_wanted(self) -> tuple[float, bool, tuple[str, ...]]:
+        return stacks_timeout(), native_stacks(), collectives()
 
 
 def _as_log_event(log_event: Callable[[str, FileTimerRequest | None], None]) -> Listener:

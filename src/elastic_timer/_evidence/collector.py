@@ -66,6 +66,7 @@ class _Request(NamedTuple):
     standings: Sequence[Standing]
     timeout: float
     native: bool
+    collectives: Collection[str]
 
 
 _handed_over: contextvars.ContextVar[Findings | None] = contextvars.ContextVar(
@@ -84,7 +85,11 @@ def handing_over(findings: Findings) -> Iterator[None]:
 
 
 def collect(
-    run_id: str, expired: Mapping[int, list[str]], timeout: float, native: bool = False
+    run_id: str,
+    expired: Mapping[int, list[str]],
+    timeout: float,
+    native: bool = False,
+    collectives: Collection[str] = (),
 ) -> Findings:
     """The evidence on expired workers: what a server has handed over, or what is gathered now.
 
@@ -93,13 +98,14 @@ def collect(
         expired: Pid to the JSON of its expired timers.
         timeout: Seconds for the stacks of all workers together; 0 for none.
         native: Whether to have C frames too.
+        collectives: Functions in which ranks wait for each other, besides those known.
     """
     handed = _handed_over.get()
     if handed is not None and expired.keys() <= handed.evidence.keys():
         return dataclasses.replace(handed, evidence={pid: handed.evidence[pid] for pid in expired})
     found: dict[int, Evidence] = {}
     collector = Collector(run_id, lambda findings: found.update(findings.evidence))
-    collector.ask(expired, [], timeout, native)
+    collector.ask(expired, [], timeout, native, collectives)
     collector.work()
     return Findings(dict(expired), {pid: found[pid] for pid in expired})
 
@@ -138,11 +144,18 @@ class _Case:
     Args:
         members: Who is looked at, those first that expired.
         job: What they have in common. None without one.
+        collectives: Functions in which ranks wait for each other, besides those known.
     """
 
-    def __init__(self, members: Sequence[Standing], job: Job | None = None) -> None:
+    def __init__(
+        self,
+        members: Sequence[Standing],
+        job: Job | None = None,
+        collectives: Collection[str] = (),
+    ) -> None:
         self.members = {member.pid: member for member in members}
         self.job = job
+        self.collectives = collectives
         self.begun = _clock.monotonic()
         self.looks: dict[int, _Look] = {}
         # How many dumps are not there yet.
@@ -188,6 +201,7 @@ class Collector:
         standings: Sequence[Standing],
         timeout: float,
         native: bool = False,
+        collectives: Collection[str] = (),
     ) -> None:
         """Have workers looked at by `work`; from any thread, also while that is under way.
 
@@ -196,8 +210,9 @@ class Collector:
             standings: Where they and the others of their jobs are.
             timeout: Seconds for the stacks of all of them together; 0 for none.
             native: Whether to have C frames too.
+            collectives: Functions in which ranks wait for each other, besides those known.
         """
-        self._asked.append(_Request(expired, standings, timeout, native))
+        self._asked.append(_Request(expired, standings, timeout, native, collectives))
 
     def work(self) -> None:
         """Look at all that was asked for, and report each case when it is complete."""
@@ -247,7 +262,8 @@ class Collector:
             return _Case([standing])
         first = [pid for pid in members if pid in request.expired]
         others = [pid for pid in members if pid not in request.expired]
-        case = _Case([members[pid] for pid in first + others], standing.job)
+        ordered = [members[pid] for pid in first + others]
+        case = _Case(ordered, standing.job, request.collectives)
         self._pictures = {
             job: picture
             for job, picture in self._pictures.items()
@@ -393,7 +409,7 @@ def _picture(case: _Case, job: Job) -> Picture:
 
 def _answer(case: _Case, picture: Picture) -> tuple[str, set[int]]:
     """Who hangs a job, as text, and of whom nothing more has to be read."""
-    answer = who_hangs([picture])
+    answer = who_hangs([picture], case.collectives)
     told = set(case.members)
     # Of the suspects it has the details.
     answer["suspects"] = [

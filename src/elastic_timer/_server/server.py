@@ -338,12 +338,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
         """Say what expired workers were doing, through the hook of the contract; the evidence."""
 
     @abc.abstractmethod
-    def _debug_hook_timeout(self) -> float:
-        """How many seconds the evidence may take."""
-
-    @abc.abstractmethod
-    def _native_stacks(self) -> bool:
-        """Whether stacks are to have C frames too."""
+    def _evidence_wanted(self) -> tuple[float, bool, tuple[str, ...]]:
+        """How many seconds stacks may take, whether with C frames, and where ranks wait."""
 
     @abc.abstractmethod
     def _watchdog_loop(self) -> None:
@@ -638,17 +634,17 @@ class ProcessServer(abc.ABC, Generic[_R]):
             pid: [self._to_json(timer, self._workers.expiration_now(timer)) for timer in timers]
             for pid, timers in expired.items()
         }
-        timeout = self._debug_hook_timeout()
+        wanted = self._evidence_wanted()
         if self._is_blocked:
             self._is_blocked = not self._reports.flush(0)
         self._inquests.update(
             {
-                pid: _Inquest(timers, _clock.monotonic() + timeout + callbacks.PATIENCE)
+                pid: _Inquest(timers, _clock.monotonic() + wanted[0] + callbacks.PATIENCE)
                 for pid, timers in texts.items()
             }
         )
         standings = self._workers.standings(texts)
-        self._collector.ask(texts, standings, timeout, self._native_stacks())
+        self._collector.ask(texts, standings, *wanted)
         # Where the thread is in somebody's handler that has not come back in time, or there is
         # none, nobody waits for what it will find.
         if not self._reports.submit(self._collect) or self._is_blocked:
