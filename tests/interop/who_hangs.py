@@ -1,8 +1,8 @@
 """How often is the right rank named? Jobs of torchrun, each stuck in a way of its own.
 
 `python -m tests.interop.who_hangs --ranks 4 --kind sleep` runs that part of the table, each rank in
-turn, and appends its lines to a file; `--table` prints what is in there. Without `--kind` it is all of
-them, without `--ranks` 2, 4 and 8. A job takes some seconds.
+turn, and appends its results to a file; `--table` only prints what is in there. Without `--kind` it
+is all of them, without `--ranks` 2, 4 and 8. A job takes some seconds.
 """
 
 from __future__ import annotations

@@ -13,8 +13,10 @@ import time
 from collections.abc import Set
 
 from elastic_timer import FileTimerServer
+from elastic_timer._command.before_kill import BeforeKill
 from elastic_timer._command.event_file import EventFile
 from elastic_timer._server.callbacks import contained_logger
+from elastic_timer.debug_info_logging import set_native_stacks
 
 # A stderr that nobody reads must not keep signals from COMMAND.
 logger = contained_logger(__name__)
@@ -27,6 +29,9 @@ ENDED_BY_SIGNAL = 128
 _FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 _SHELL = "/bin/sh"
+
+# So much longer than the command of --before-kill its end may take, in seconds.
+_BEFORE_KILL_END = 0.5
 
 # How long after a signal came the group's may still come, in seconds: timeout signals its child by
 # pid first. What was sent to us alone is forwarded so much later.
@@ -45,6 +50,9 @@ class Options:
         timer_file: Where to make the FIFO; None for a private temporary folder.
         max_interval: The longest pause between two rounds of the server, in seconds.
         events: The file or FIFO to append events to; None for no events.
+        native: Whether stacks are to have C frames too.
+        before_kill: A command to be run for each worker about to be signalled; None for none.
+        before_kill_timeout: How many seconds it may take.
     """
 
     command: list[str]
@@ -52,6 +60,9 @@ class Options:
     timer_file: str | None = None
     max_interval: float = 10.0
     events: str | None = None
+    native: bool = False
+    before_kill: str | None = None
+    before_kill_timeout: float = 10.0
 
 
 def run(options: Options) -> int:
@@ -78,6 +89,12 @@ def run(options: Options) -> int:
             server = FileTimerServer(timer_file, options.run_id, options.max_interval)
             if options.events is not None:
                 server.subscribe(EventFile(options.events, options.run_id).append)
+            if options.before_kill is not None:
+                timeout = options.before_kill_timeout
+                hook = BeforeKill(options.before_kill, timeout)
+                cleanup.callback(hook.close)
+                server.before_signal(hook, timeout + _BEFORE_KILL_END)
+            set_native_stacks(options.native)
             cleanup.enter_context(server)
         except OSError:
             cleanup.close()
