@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from elastic_timer import FileTimerServer, LocalTimerServer, _clock, debug_info_logging
-from elastic_timer._evidence import expiry, stacks
+from elastic_timer._evidence import stacks
 from elastic_timer._server.process import refusal
 from elastic_timer.debug_info_logging import (
     add_debug_info_handler,
@@ -95,7 +95,6 @@ def _default_settings() -> Iterator[None]:
     yield
     set_stacks_timeout(2.0)
     debug_info_logging._handlers.clear()
-    expiry._last_taken = (0.0, 0.0)
 
 
 @pytest.fixture

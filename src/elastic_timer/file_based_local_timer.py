@@ -41,7 +41,12 @@ from elastic_timer._transport.pipe import (
 )
 from elastic_timer._transport.wire import acquire_line, encode, encode_line, release_line
 from elastic_timer.api import TimerClient, TimerRequest
-from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
+from elastic_timer.debug_info_logging import (
+    collectives,
+    log_debug_info_for_expired_timers,
+    native_stacks,
+    stacks_timeout,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import ParamSpec
@@ -482,6 +487,9 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
                 self._keep_fifo()
         return self._source.drain()
 
+    def _is_ending(self) -> bool:
+        return self._run_once or super()._is_ending()
+
     def _keep_fifo(self) -> None:
         """Make the FIFO anew where it was removed; say so where that can't be done."""
         if self._source.is_in_place():
@@ -534,8 +542,8 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
     def _call_debug_hook(self, expired: dict[int, list[str]]) -> object:
         return log_debug_info_for_expired_timers(self._run_id, expired)
 
-    def _debug_hook_timeout(self) -> float:
-        return stacks_timeout()
+    def _evidence_wanted(self) -> tuple[float, bool, tuple[str, ...]]:
+        return stacks_timeout(), native_stacks(), collectives()
 
 
 def _as_log_event(log_event: Callable[[str, FileTimerRequest | None], None]) -> Listener:

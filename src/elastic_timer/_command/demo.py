@@ -52,7 +52,7 @@ def train() -> None:
             for step in range(1, _STEPS + 1):
                 with expires(after=1.5):
                     batch = load_batch(rank, step, attempt)
-                with expires(after=1.5):
+                with expires(after=3):
                     total = all_reduce(ring, batch)
                 if total != sum(range(_RANKS)) + _RANKS * step:
                     raise ValueError(f"the sum of all ranks can't be {total}")
@@ -132,6 +132,7 @@ class _Job:
         self._timer_file = os.path.join(folder, "timers")
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._blocks_left = 0
+        self._is_hanging = False
         self._suspects: list[int] = []
         self._reaped: list[int | None] = []
         self._is_done = False
@@ -142,7 +143,7 @@ class _Job:
     def run(self) -> None:
         """Run the job until all ranks are done; where one dies, start all of them once more."""
         for attempt in range(2):
-            self._tell(f"attempt {attempt + 1}: {_RANKS} ranks start; each has 1.5 s for a batch")
+            self._tell(f"attempt {attempt + 1}: {_RANKS} ranks start, with 1.5 s for each batch")
             self._start(attempt)
             dead = self._wait()
             if not dead:
@@ -168,10 +169,13 @@ class _Job:
     def clear(self) -> None:
         """Leave no rank behind."""
         for rank in self._ranks:
-            with contextlib.suppress(subprocess.TimeoutExpired), rank:
-                rank.terminate()
+            rank.terminate()
+        for rank in self._ranks:
+            try:
                 rank.wait(1)
-            rank.kill()
+            except subprocess.TimeoutExpired:
+                rank.kill()
+                rank.wait()
 
     def _start(self, attempt: int) -> None:
         job = {
@@ -181,6 +185,7 @@ class _Job:
             "WORLD_SIZE": str(_RANKS),
             _MARK: self._folder,
         }
+        self._ranks, self._blocks_left, self._is_hanging = [], 0, False
         for rank in map(str, range(_RANKS)):
             place = {"RANK": rank, "LOCAL_RANK": rank}
             command = [sys.executable, "-m", __name__]
@@ -214,15 +219,18 @@ class _Job:
     def _happened(self, event: Event) -> None:
         """Tell of an event of the server; called on the thread of its listener."""
         if isinstance(event, TimerReleased):
-            # Of the first rank, whose every second one is that of an all-reduce.
-            self._blocks_left += event.rank == 0
-            if event.rank == 0 and self._blocks_left % 2 == 0:
+            # Of the first rank, whose every second one is that of an all-reduce. A rank that is
+            # stopped leaves its block as well.
+            is_told = event.rank == 0 and not self._is_hanging
+            self._blocks_left += is_told
+            if is_told and self._blocks_left % 2 == 0:
                 self._tell(f"step {self._blocks_left // 2} is done")
         elif isinstance(event, JobHangs):
+            self._is_hanging = True
             answer = who_hangs([cast("Picture", event.picture)])
             self._suspects += [member["rank"] for member in answer["suspects"]]
             for line in describe(answer).splitlines():
-                self._tell(line, "1;31" if line.startswith("suspect") else "33")
+                self._tell(f"  {line}", "1;31" if line.startswith("suspect") else "33")
         elif isinstance(event, WorkerSignalled):
             self._reaped.append(event.rank)
             late = f"{1000 * event.seconds_late:.0f} ms after its deadline"

@@ -14,9 +14,11 @@ from collections.abc import Set
 
 from elastic_timer import FileTimerServer
 from elastic_timer._command import torchrun
+from elastic_timer._command.before_kill import BeforeKill
 from elastic_timer._command.event_file import EventFile
 from elastic_timer._command.leftovers import Leftovers
 from elastic_timer._server.callbacks import contained_logger
+from elastic_timer.debug_info_logging import set_native_stacks
 
 # A stderr that nobody reads must not keep signals from COMMAND.
 logger = contained_logger(__name__)
@@ -29,6 +31,9 @@ ENDED_BY_SIGNAL = 128
 _FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 _SHELL = "/bin/sh"
+
+# So much longer than the command of --before-kill its end may take, in seconds.
+_BEFORE_KILL_END = 0.5
 
 # How long after a signal came the group's may still come, in seconds: timeout signals its child by
 # pid first. What was sent to us alone is forwarded so much later.
@@ -49,6 +54,9 @@ class Options:
         events: The file or FIFO to append events to; None for no events.
         kill_tree: Whether what a worker has started is killed with it, and what COMMAND has left
             behind at its end.
+        native: Whether stacks are to have C frames too.
+        before_kill: A command to be run for each worker about to be signalled; None for none.
+        before_kill_timeout: How many seconds it may take.
     """
 
     command: list[str]
@@ -57,6 +65,9 @@ class Options:
     max_interval: float = 10.0
     events: str | None = None
     kill_tree: bool = False
+    native: bool = False
+    before_kill: str | None = None
+    before_kill_timeout: float = 10.0
 
 
 def run(options: Options) -> int:
@@ -85,6 +96,12 @@ def run(options: Options) -> int:
             )
             if options.events is not None:
                 server.subscribe(EventFile(options.events, options.run_id).append)
+            if options.before_kill is not None:
+                timeout = options.before_kill_timeout
+                hook = BeforeKill(options.before_kill, timeout)
+                cleanup.callback(hook.close)
+                server.before_signal(hook, timeout + _BEFORE_KILL_END)
+            set_native_stacks(options.native)
             cleanup.enter_context(server)
         except OSError:
             cleanup.close()

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 from elastic_timer import _clock
 from elastic_timer._server.blocks import block_of
 from elastic_timer._server.callbacks import contained_logger
+from elastic_timer._server.job import Standing, job_of, ranks
 from elastic_timer._server.process import (
     ProcessHandle,
     SpareDescriptor,
     environment_of,
     is_running,
-    ranks,
     refusal,
 )
 from elastic_timer._server.table import TimerTable
@@ -97,7 +97,9 @@ class _Worker:
     def __init__(self, pid: int, process: ProcessHandle | None) -> None:
         # None: gone before it could be held, though it is claimed to run.
         self.process = process
-        self.rank, self.local_rank = ranks(environment_of(pid)) if pid > 0 else (None, None)
+        environment = environment_of(pid) if pid > 0 else {}
+        self.rank, self.local_rank = ranks(environment)
+        self.job = job_of(environment)
         self.watched_fd: int | None = None
         # How often it has entered each block.
         self.passes: dict[str, int] = {}
@@ -176,6 +178,7 @@ class Workers(Generic[_Request]):
             The requests that counted.
         """
         counted = []
+        now = _clock.monotonic()
         with self._lock:
             for request in requests:
                 pid, scope = request.worker_id, request.scope_id
@@ -184,7 +187,7 @@ class Workers(Generic[_Request]):
                     self._forget_idle_group(pid)
                 elif self._hold(pid, claims_to_run):
                     deadline = self.clock.to_monotonic(request.expiration_time)
-                    if self.table.acquire(pid, scope, request, deadline):
+                    if self.table.acquire(pid, scope, request, deadline, now):
                         self._workers[pid].count_pass(block_of(scope))
                 else:
                     logger.debug("Dropped a timer of worker %s, which is gone: %s", pid, scope)
@@ -271,6 +274,31 @@ class Workers(Generic[_Request]):
         """The process of a worker; None for a group, and where it could not be held."""
         worker = self._workers.get(pid)
         return None if worker is None or pid < 0 else worker.process
+
+    def standings(self, pids: Iterable[int]) -> list[Standing]:
+        """Where workers are, and all others of their jobs; those without a job alone."""
+        with self._lock:
+            named = {pid: self._workers[pid] for pid in pids if pid in self._workers}
+            jobs = {worker.job for worker in named.values()} - {None}
+            others = self._workers.items() if jobs else ()
+            of_jobs = {pid: each for pid, each in others if each.job in jobs}
+            return [self._standing(pid, each) for pid, each in (named | of_jobs).items()]
+
+    def _standing(self, pid: int, worker: _Worker) -> Standing:
+        standing = Standing(pid, worker.rank, worker.local_rank, worker.job)
+        urgent = self.table.most_urgent(pid)
+        passes = dict(worker.passes)
+        if urgent is None:
+            return standing._replace(passes=passes)
+        scope, deadline, since = urgent
+        now = _clock.monotonic()
+        return standing._replace(
+            block=block_of(scope),
+            deadline=deadline,
+            seconds=now - since,
+            passes=passes,
+            expired=deadline <= now,
+        )
 
     def was_killed(self, pid: int) -> bool:
         """Whether the worker was sent SIGKILL: no more timers of it are accepted."""
