@@ -80,6 +80,7 @@ def run(options: Options) -> int:
         The status to exit with: COMMAND's own, or as a shell has it where it has none.
 
     Raises:
+        NotImplementedError: There is no /proc for `kill_tree`; COMMAND was not started.
         OSError: The FIFO or the events' file can't be made; COMMAND was not started.
     """
     # Before anything exists that has to be removed again, and before any thread, which would
@@ -103,7 +104,7 @@ def run(options: Options) -> int:
                 server.before_signal(hook, timeout + _BEFORE_KILL_END)
             set_native_stacks(options.native)
             cleanup.enter_context(server)
-        except OSError:
+        except (OSError, NotImplementedError):
             cleanup.close()
             # To say what is wrong may take long: on a stderr that nobody reads, for good.
             signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
