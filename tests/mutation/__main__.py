@@ -51,7 +51,10 @@ OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
 
 
 class Target(NamedTuple):
-    """A module, or some classes and functions of it, and what tests it."""
+    """A module, or some classes and functions of it, and what tests it.
+
+    Fit are modules that need no other process: a mutant is known to the tests' own process alone.
+    """
 
     module: str
     names: Sequence[str]
@@ -67,7 +70,10 @@ TARGETS = [
     Target("_server.table", [], ["tests/test_timer_table.py", SURVIVORS]),
     Target("_server.process", ["ranks"], ["tests/test_ranks.py"]),
     Target("_server.workers", ["EpochClock"], ["tests/test_epoch_clock.py"]),
-    Target("_transport.wire", [], ["tests/test_wire.py", SURVIVORS]),
+    Target(
+        "_transport.wire", [], ["tests/test_wire.py", SURVIVORS, "tests/test_cached_requests.py"]
+    ),
+    Target("_command.torchrun", [], ["tests/test_torchrun_warnings.py"]),
     Target(
         "api",
         ["_send_owed", "expires", "_seconds", "_place", "_thread_or_task"],

@@ -22,9 +22,6 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if len(self._heap) > 2 * self._size - _HEAP_SLACK:": _PRUNING,
     },
     "_transport.wire": {
-        "@functools.lru_cache(maxsize=64)  ->  @functools.lru_cache(maxsize=65)": (
-            "the size of a cache changes no result"
-        ),
         "if start <= 0:  ->  if start < 0:": (
             "at 0 the same text is read again, and refused for the same reason"
         ),

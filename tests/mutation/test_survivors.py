@@ -59,6 +59,16 @@ def test_rebuilt_heap_is_in_order() -> None:
         table.release(deadline, "scope")
 
 
+def test_acquire_tells_whether_there_was_none() -> None:
+    """By that the entries of a block are told from its timer's new deadlines."""
+    table: TimerTable[int, str] = TimerTable()
+    assert table.acquire(0, "scope", "request", 5.0) is True
+    assert table.acquire(0, "scope", "request", 6.0) is False
+    assert table.acquire(1, "scope", "request", 6.0) is True
+    table.release(0, "scope")
+    assert table.acquire(0, "scope", "request", 7.0) is True
+
+
 def test_timer_is_due_at_its_deadline_itself() -> None:
     """Whether somebody has looked at it by then or not."""
     table: TimerTable[int, str] = TimerTable()
