@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import textwrap
 import threading
+import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 
 import elastic_timer
 from elastic_timer import FileTimerClient, FileTimerServer
+from tests.jobs import PRELUDE
 from tests.servers import Link, Serve, Server, ServerProcess, serve_questions
 from tests.support import (
     CLI,
@@ -26,11 +29,16 @@ from tests.support import (
     Spawn,
     child_pids,
     eventually,
+    kill_marked,
     open_descriptors,
     running,
 )
 
 _FAILED = pytest.StashKey[bool]()
+
+# Each takes a second or two of a core to begin.
+_WORKERS_PER_CORE = 4
+_MOST_WORKERS = 16
 
 # Ignored, as nohup and a shell's `&` leave them, they would be for the children of the tests, too,
 # and `elastic-timer run` respects that.
@@ -38,6 +46,17 @@ for _name in ("SIGHUP", "SIGINT", "SIGQUIT"):
     _number = getattr(signal, _name, None)
     if _number is not None and signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _name == "SIGINT" else signal.SIG_DFL)
+
+
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Run the whole suite in more workers than there are cores, as most tests wait.
+
+    A few files are quicker without the start of workers, and can be stopped in a debugger.
+    """
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # By which the plugin itself is told.
+    is_suite = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return min(_WORKERS_PER_CORE * (os.cpu_count() or 1), _MOST_WORKERS) if is_suite else 0
 
 
 @pytest.hookimpl(wrapper=True)
@@ -141,6 +160,25 @@ def run(spawn: Spawn, tmp_path: Path) -> Callable[..., Child]:
     def start(*arguments: str, source: str = CLI, **popen_kwargs: Any) -> Child:
         environment = {**popen_kwargs.pop("env", {}), "TMPDIR": str(tmp_path)}
         return spawn(source, "run", *arguments, env=environment, **popen_kwargs)
+
+    return start
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A mark in the environment, as name=value; who began with it does not outlive the test."""
+    mark = f"ELASTIC_TIMER_TEST_JOB={uuid.uuid4()}"
+    yield mark
+    eventually(lambda: not kill_marked(mark))
+
+
+@pytest.fixture
+def job(spawn: Spawn, mark: str) -> Callable[..., Child]:
+    """`job(source, *arguments)`: a Child with the mark, which has what stands in PRELUDE."""
+
+    def start(source: str, *arguments: str) -> Child:
+        name, _, value = mark.partition("=")
+        return spawn(PRELUDE + textwrap.dedent(source), *arguments, env={name: value})
 
     return start
 

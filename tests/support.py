@@ -260,10 +260,13 @@ def start_with_pid(pid: int, **options: Any) -> subprocess.Popen[bytes] | None:
     """A sleeping process with this very pid; None where the kernel does not give it."""
     for _ in range(50):
         try:
+            before = LAST_PID.read_text()
             LAST_PID.write_text(str(pid - 1))
         except OSError:
             return None
         process = subprocess.Popen(["sleep", str(FAR)], **options)
+        # Or the next processes of other tests are given pids that were others' a moment ago.
+        LAST_PID.write_text(before)
         if process.pid == pid:
             return process
         # Somebody else was quicker, or the pid is taken.
@@ -280,6 +283,26 @@ def child_pids(pid: int | None = None) -> set[int]:
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             children.update(map(int, file.read_text().split()))
     return children
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """The running processes that were started with the mark, and their command lines."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # They come and go while this looks.
+            if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ")
+                found[int(process.name)] = command.decode(errors="replace").strip()
+    return found
+
+
+def kill_marked(mark: str) -> dict[int, str]:
+    """Kill those that run with the mark, and return them."""
+    left = marked_processes(mark)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return left
 
 
 def _stat_fields(pid: int) -> list[str]:

@@ -20,6 +20,9 @@ from tests.support import ALLOWED_LATENESS, Child, ForkedWorker, child_pids, run
 DEMO = "import sys; from elastic_timer._command.main import main; sys.exit(main(['demo']))"
 SOURCE = Path(_demo.__file__).read_text().splitlines()
 
+# The demo that they look at runs once.
+pytestmark = pytest.mark.xdist_group("demo")
+
 
 @pytest.fixture(scope="module")
 def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], list[str]]:

@@ -306,7 +306,7 @@ def test_a_process_group_has_no_facts(
     assert record.timer_stacks_missing == "a process group, not a process"
 
 
-@pytest.mark.parametrize("pid", [os.getpid(), 1])
+@pytest.mark.parametrize("pid", [os.getpid(), 1], ids=["its own", "init"])
 def test_a_process_that_is_never_signalled_is_never_dumped(pid: int) -> None:
     """Least of all the server's own: nobody could end a py-spy that has stopped it."""
     taken = stacks.take_stacks({pid: "S"}, _clock.monotonic() + 2)[pid]

@@ -26,6 +26,7 @@ pytestmark = [
         importlib.util.find_spec("pip") is None, reason="this system's Python has no pip"
     ),
     pytest.mark.timeout(300),
+    pytest.mark.xdist_group("wheel"),  # It is built once.
 ]
 
 

@@ -351,11 +351,21 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         kill_after: How many seconds a worker may outlive a signal other than SIGKILL before it
             gets SIGKILL, unless it leaves the block. None means for ever. Process groups are not
             followed.
+        kill_tree: Whether a worker that is reaped takes what it has started along. These processes
+            are found while it lives, and get SIGKILL with it; after another signal, which it alone
+            gets, once it is gone or `kill_after` is over, and not where it leaves the block. Never
+            the server, its ancestors, or a process of another user than the worker's. What is
+            still there 5 s later is named in the log. Of a process group nothing is looked for.
+
+            Not guaranteed: that a process is found whose parent had ended before (a daemon), but
+            for those in a session that the worker or a descendant leads.
+
+            .. versionadded:: 0.2.0
 
     Raises:
         FileExistsError: Something lies at `file_path` that is no FIFO, or that a server reads.
         FileNotFoundError: The folder of `file_path` does not exist.
-        NotImplementedError: The platform has no FIFOs.
+        NotImplementedError: The platform has no FIFOs; or with `kill_tree`, no /proc.
         ValueError: `max_interval` or `kill_after` is not a positive number.
 
     .. versionadded:: 0.1.0
@@ -373,6 +383,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         *,
         reap_self: bool = False,
         kill_after: float | None = None,
+        kill_tree: bool = False,
     ) -> None:
         super().__init__(
             lambda: FifoSource(file_path, FileTimerRequest),
@@ -380,6 +391,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
             max_interval,
             daemon,
             kill_after,
+            kill_tree,
         )
         self._file_path = file_path
         self._reap_self = reap_self
@@ -408,7 +420,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
             FileExistsError: Since the server was made, something else was put in its FIFO's place,
                 or another server has begun to read at its path.
             RuntimeError: It was stopped while it was busy, and still is; or the threads of this
-                process are eventlet's.
+                process are eventlet's or gevent's.
         """
         self._run_once = False
         super().start()

@@ -254,8 +254,13 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
         max_interval: The longest time between two rounds of the watchdog, in seconds. Deadlines
             and requests are seen to when they come, whatever it is.
         daemon: Whether the interpreter may exit while the watchdog runs.
+        kill_tree: Whether a worker that is reaped takes what it has started along; see
+            `FileTimerServer`.
+
+            .. versionadded:: 0.2.0
 
     Raises:
+        NotImplementedError: With `kill_tree`, where there is no /proc.
         ValueError: `max_interval` is not a positive number.
 
     .. versionadded:: 0.1.0
@@ -264,9 +269,20 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
     _request_queue: MultiprocessingRequestQueue
     _source: MultiprocessingRequestQueue
 
-    def __init__(self, mp_queue: Queue[Any], max_interval: float = 60, daemon: bool = True) -> None:
+    def __init__(
+        self,
+        mp_queue: Queue[Any],
+        max_interval: float = 60,
+        daemon: bool = True,
+        *,
+        kill_tree: bool = False,
+    ) -> None:
         super().__init__(
-            lambda: MultiprocessingRequestQueue(mp_queue), _RUN_ID, max_interval, daemon
+            lambda: MultiprocessingRequestQueue(mp_queue),
+            _RUN_ID,
+            max_interval,
+            daemon,
+            kill_tree=kill_tree,
         )
         self._request_queue = self._source
 

@@ -17,7 +17,8 @@ import uuid
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tests.interop.conftest import JOBS, MARK, Job, find_free_port, marked_processes, read_lines
+from tests.interop.conftest import JOBS, MARK, Job, find_free_port, read_lines
+from tests.support import marked_processes
 
 RANKS = 3
 HANGING_RANK = 1

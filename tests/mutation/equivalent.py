@@ -6,6 +6,9 @@ _SERIALS = "they only have to grow"
 _PRUNING = "the heap is only rebuilt a little earlier or later; its bound holds"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
+    "_clock": {
+        "_now() - _now_about()  ->  _now() + _now_about()": "all it is to do is raise",
+    },
     "_server.table": {
         "for _, _, worker, scope in sorted(due, key=lambda entry: entry[:2]):  ->  "
         "for _, _, worker, scope in sorted(due, key=lambda entry: entry[:3]):": (

@@ -15,6 +15,7 @@ from collections.abc import Set
 from elastic_timer import FileTimerServer
 from elastic_timer._command import torchrun
 from elastic_timer._command.event_file import EventFile
+from elastic_timer._command.leftovers import Leftovers
 from elastic_timer._server.callbacks import contained_logger
 
 # A stderr that nobody reads must not keep signals from COMMAND.
@@ -46,6 +47,8 @@ class Options:
         timer_file: Where to make the FIFO; None for a private temporary folder.
         max_interval: The longest pause between two rounds of the server, in seconds.
         events: The file or FIFO to append events to; None for no events.
+        kill_tree: Whether what a worker has started is killed with it, and what COMMAND has left
+            behind at its end.
     """
 
     command: list[str]
@@ -53,6 +56,7 @@ class Options:
     timer_file: str | None = None
     max_interval: float = 10.0
     events: str | None = None
+    kill_tree: bool = False
 
 
 def run(options: Options) -> int:
@@ -76,7 +80,9 @@ def run(options: Options) -> int:
             if timer_file is None:
                 folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="elastic-timer-"))
                 timer_file = os.path.join(folder, "timers")
-            server = FileTimerServer(timer_file, options.run_id, options.max_interval)
+            server = FileTimerServer(
+                timer_file, options.run_id, options.max_interval, kill_tree=options.kill_tree
+            )
             if options.events is not None:
                 server.subscribe(EventFile(options.events, options.run_id).append)
             cleanup.enter_context(server)
@@ -85,6 +91,8 @@ def run(options: Options) -> int:
             # To say what is wrong may take long: on a stderr that nobody reads, for good.
             signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
             raise
+        # Before COMMAND can leave anything behind.
+        leftovers = Leftovers(signals, options.kill_tree)
         try:
             pid = _start(options.command, timer_file, mask_before)
         except OSError as error:
@@ -92,7 +100,10 @@ def run(options: Options) -> int:
             return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
         # Not before COMMAND is there: what it has not had has to be forwarded.
         with contextlib.closing(_GroupWitness()) as witness:
-            return _supervise(pid, signals, witness)
+            status = _supervise(pid, signals, witness, leftovers)
+    # Without the server: what outlives COMMAND is not held to its deadlines.
+    leftovers.see_to()
+    return status
 
 
 def _block_signals() -> tuple[set[int], Set[int]]:
@@ -143,10 +154,11 @@ def _is_binary(path: str) -> bool:
         return b"\0" in file.read(80)
 
 
-def _supervise(pid: int, signals: set[int], witness: _GroupWitness) -> int:
+def _supervise(pid: int, signals: set[int], witness: _GroupWitness, leftovers: Leftovers) -> int:
     """Forward signals to COMMAND until it ends; the status to exit with."""
     while True:
         number, sender = _next_signal(signals)
+        leftovers.note_user(pid)
         # Asked whatever came: a flood of other signals must not hide its end.
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
@@ -154,6 +166,7 @@ def _supervise(pid: int, signals: set[int], witness: _GroupWitness) -> int:
             return exit_code if exit_code >= 0 else ENDED_BY_SIGNAL - exit_code
         if number == signal.SIGCHLD:
             witness.look()
+            leftovers.bury({pid, witness.pid})
         elif sender != pid and not (os.getpgid(pid) == os.getpgrp() and witness.saw(number)):
             # Not waited for yet, the pid is COMMAND's even when COMMAND has just ended.
             try:
@@ -179,7 +192,7 @@ class _GroupWitness:
 
     def __init__(self) -> None:
         self._seen: dict[int, float] = {}
-        self._pid: int | None = None
+        self.pid: int | None = None
         # It ends when the other end is closed, which it is when this process ends in any way.
         self._stdin, self._keep_alive = os.pipe()
         self._start()
@@ -187,7 +200,7 @@ class _GroupWitness:
     def _start(self) -> None:
         null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
         with contextlib.suppress(OSError):  # Without one all signals are forwarded.
-            self._pid = os.posix_spawn(
+            self.pid = os.posix_spawn(
                 _SHELL,
                 # SIGQUIT is to leave no core. Its name must not match where `pkill` looks for us.
                 ["sh", "-c", "ulimit -c 0; exec cat"],
@@ -198,11 +211,11 @@ class _GroupWitness:
 
     def look(self) -> None:
         """Note what the witness has died of, if it has."""
-        if self._pid is None:
+        if self.pid is None:
             return
-        ended, status = os.waitpid(self._pid, os.WNOHANG)
+        ended, status = os.waitpid(self.pid, os.WNOHANG)
         if ended:
-            self._pid = None
+            self.pid = None
             if os.WIFSIGNALED(status):  # Otherwise it can't be run here; nor can another.
                 self._seen[os.WTERMSIG(status)] = time.monotonic()
                 self._start()
@@ -222,7 +235,7 @@ class _GroupWitness:
         """End the witness and wait for its end."""
         os.close(self._keep_alive)
         os.close(self._stdin)
-        if self._pid is not None:
+        if self.pid is not None:
             with contextlib.suppress(OSError):
-                os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
+                os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)

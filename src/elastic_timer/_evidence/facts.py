@@ -10,7 +10,7 @@ import os
 import time
 from typing import TYPE_CHECKING, TypedDict, cast
 
-from elastic_timer._server.process import stat_of
+from elastic_timer._server.process import read_file, stat_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -104,14 +104,9 @@ def one_line(text: str) -> str:
     return line if len(line) <= _TEXT_KEPT else line[: _TEXT_KEPT - 3] + "..."
 
 
-def _read(pid: int, name: str, most: int = 4096) -> str:
+def _read(pid: int, name: str) -> str:
     """A file of a process under `/proc`; empty if it is gone, forbidden or there is none."""
     try:
-        # open() takes twice as long, and there may be hundreds of workers.
-        descriptor = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
-        try:
-            return os.read(descriptor, most).decode(errors="replace")
-        finally:
-            os.close(descriptor)
+        return read_file(f"/proc/{pid}/{name}")
     except OSError:
         return ""

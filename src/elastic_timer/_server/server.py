@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import logging
+import math
+import os
 import signal as signals
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
@@ -24,6 +27,8 @@ from elastic_timer._server.events import (
     WorkerSignalled,
 )
 from elastic_timer._server.process import is_running, refusal, state_of
+from elastic_timer._server.tree import UNKILLABLE_AFTER as _UNKILLABLE_AFTER
+from elastic_timer._server.tree import Trees
 from elastic_timer._server.workers import Request, Workers
 
 if TYPE_CHECKING:
@@ -63,9 +68,6 @@ _RETRY = 1.0
 
 # What listeners get that do not say what they want: all that does not come with every block.
 _RARE_EVENTS = (ServerStarted, ServerStopped, TimerExpired, WorkerSignalled, WorkerExited)
-
-# A process that is still there so long after SIGKILL hangs in the kernel, where nobody can help.
-_UNKILLABLE_AFTER = 5.0
 
 
 class Source(Protocol[_R]):
@@ -118,8 +120,10 @@ class ProcessServer(abc.ABC, Generic[_R]):
         daemon: Whether the interpreter may exit while the watchdog runs.
         kill_after: How many seconds a worker may outlive a signal other than SIGKILL before it
             gets SIGKILL. None means for ever.
+        kill_tree: Whether what a worker has started is killed with it.
 
     Raises:
+        NotImplementedError: With `kill_tree`, where there is no /proc.
         ValueError: `max_interval` or `kill_after` is not a positive number.
     """
 
@@ -130,11 +134,14 @@ class ProcessServer(abc.ABC, Generic[_R]):
         max_interval: float,
         daemon: bool,
         kill_after: float | None = None,
+        kill_tree: bool = False,
     ) -> None:
         if not max_interval > 0:
             raise ValueError(f"max_interval must be a positive number of seconds: {max_interval}")
         if kill_after is not None and not kill_after > 0:
             raise ValueError(f"kill_after must be a positive number of seconds: {kill_after}")
+        if kill_tree and not os.path.exists("/proc/self/stat"):
+            raise NotImplementedError("kill_tree needs /proc, which this system does not have")
         # Not before: its fork and exit hooks are no business of a process that has no server.
         from elastic_timer._server.loop import Loop, refuse_green_threads
 
@@ -144,6 +151,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._max_interval = max_interval
         self._daemon = daemon
         self._kill_after = kill_after
+        self._kill_tree = kill_tree
         self._stop_signaled = False
         self._is_open = False
         self._loop = Loop(
@@ -170,6 +178,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._is_unfinished = False
         self._retries: dict[int, _Retry] = {}
         self._signalled: dict[int, _Signalled[_R]] = {}
+        # Of workers that were signalled and may end; empty without `kill_tree`.
+        self._trees = Trees()
 
     def __enter__(self) -> Self:
         self.start()
@@ -186,7 +196,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         Raises:
             OSError: What requests come through can't be opened.
             RuntimeError: It was stopped while it was busy, and still is; or the threads of this
-                process are eventlet's.
+                process are eventlet's or gevent's.
         """
         self._stop_signaled = False
         if self._loop.start():
@@ -311,6 +321,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
             self._workers.settle(now)
             self._reap_all(expired, now)
         self._follow_up()
+        self._trees.follow_up()
         self._is_unfinished = False
 
     def _reap_all(self, expired: dict[int, list[_R]], now: float) -> None:
@@ -360,6 +371,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
             return self._looked_at
         due = [retry.at for retry in self._retries.values()]
         due += [signalled.until for signalled in self._signalled.values()]
+        due.append(self._trees.next_due())
         deadline = self._workers.next_deadline()
         if deadline is not None:
             due.append(deadline)
@@ -380,6 +392,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
             exited, self.is_process_running
         ):
             self._signalled.pop(pid, None)
+            self._with_tree(functools.partial(self._trees.kill, pid))
             self._events.publish(WorkerExited(_clock.epoch(), pid, rank, local_rank, scopes))
 
     def _register(self, requests: list[_R]) -> None:
@@ -454,13 +467,32 @@ class ProcessServer(abc.ABC, Generic[_R]):
             self._outbox.append(event)
 
     def _signal(self, pid: int, signal: int) -> float | None:
-        """Signal a worker; None if that is done, else the seconds before it is tried again."""
+        """Signal a worker; None if that is done, else the seconds before it is tried again.
+
+        With `kill_tree` what it has started is found before, while the worker is its parent still,
+        and killed if the worker was; if not it goes on, and so does the worker.
+        """
+        process = self._workers.process(pid)
+        if self._kill_tree and process is not None:
+            is_end = signal == signals.SIGKILL
+            self._with_tree(lambda: self._trees.hold(process, stop=is_end))
+        pause: float | None = _FIRST_RETRY
         try:
-            return None if self._send_signal(pid, signal) else _RETRY
+            pause = None if self._send_signal(pid, signal) else _RETRY
         # The hook may be anybody's. Whatever it raises, the deadlines of others are kept.
         except BaseException:
             logger.exception("Error signalling worker %s", pid)
-            return _FIRST_RETRY
+        if self._workers.was_killed(pid):
+            self._with_tree(lambda: self._trees.kill(pid))
+        elif pause is None:
+            self._with_tree(lambda: self._trees.resume(pid))
+        else:
+            self._with_tree(lambda: self._trees.let_go(pid))
+        return pause
+
+    def _with_tree(self, step: Callable[[], object]) -> None:
+        # Without descriptors, for instance: the worker itself is reaped all the same.
+        self._contained(step, lambda: None)
 
     def _note_signal(self, pid: int, timer: _R, signal: int) -> None:
         now = _clock.monotonic()
@@ -468,9 +500,12 @@ class ProcessServer(abc.ABC, Generic[_R]):
             self._signalled[pid] = _Signalled(timer, signal, now + _UNKILLABLE_AFTER)
         elif signal == signals.SIGKILL:
             self._workers.presume_dead(pid)
-        elif self._kill_after is not None:
+            if self._kill_tree:
+                self._signalled[pid] = _Signalled(timer, signal, math.inf)
+        elif self._kill_after is not None or self._kill_tree:
             # Signalled again, they get no more time than at first.
-            self._signalled.setdefault(pid, _Signalled(timer, signal, now + self._kill_after))
+            until = now + (math.inf if self._kill_after is None else self._kill_after)
+            self._signalled.setdefault(pid, _Signalled(timer, signal, until))
 
     def _forgive(self, requests: list[_R]) -> None:
         """Follow those no longer who have left, or entered anew, the block they were signalled for.
@@ -485,6 +520,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
                 and not self._workers.was_killed(request.worker_id)
             ):
                 del self._signalled[request.worker_id]
+                self._trees.let_go(request.worker_id)
 
     def _follow_up(self) -> None:
         """See to the workers that were signalled and are still there."""
@@ -578,6 +614,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
             self._exited = []
             self._retries = {}
             self._signalled = {}
+            self._trees.close()
             was_open, self._is_open = self._is_open, False
         if was_open and not is_child:
             self._events.publish(ServerStopped(_clock.epoch()))

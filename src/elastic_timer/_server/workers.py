@@ -267,6 +267,11 @@ class Workers(Generic[_Request]):
         worker = self._workers.get(pid)
         return {} if worker is None else worker.passes
 
+    def process(self, pid: int) -> ProcessHandle | None:
+        """The process of a worker; None for a group, and where it could not be held."""
+        worker = self._workers.get(pid)
+        return None if worker is None or pid < 0 else worker.process
+
     def was_killed(self, pid: int) -> bool:
         """Whether the worker was sent SIGKILL: no more timers of it are accepted."""
         return pid in self._workers and self._workers[pid].deaf_until == math.inf
