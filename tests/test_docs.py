@@ -41,7 +41,7 @@ PAGES = {
 PACKAGE = Path(elastic_timer.__file__).parent
 
 PATIENCE = 100
-"""How long a program of the documentation may take, in seconds: some three, and Ray's some twenty."""
+"""How long a program of the documentation may take, in seconds; most take three, Ray's twenty."""
 
 COMMANDS = {
     "python": "",
