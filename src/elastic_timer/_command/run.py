@@ -111,8 +111,6 @@ def run(options: Options) -> int:
             raise
         # Before COMMAND can leave anything behind.
         leftovers = Leftovers(signals, options.kill_tree)
-        for warning in torchrun.warnings(options.command, os.environ):
-            logger.warning("%s", warning)
         try:
             pid = _start(options.command, timer_file, mask_before)
         except OSError as error:
@@ -149,6 +147,8 @@ def _start(command: list[str], timer_file: str, mask: Set[int]) -> int:
     # Otherwise torchrun 2.13 hands the store of the reaped attempt on to the next one, whose ranks
     # then look for each other at the addresses of the dead.
     environment.setdefault(torchrun.NOT_SHARED, "1")
+    for warning in torchrun.warnings(command, environment):
+        logger.warning("%s", warning)
     # Python ignores these in its own process; a program that it starts expects their default.
     ignored = [signal.SIGPIPE, signal.SIGXFSZ]
 
