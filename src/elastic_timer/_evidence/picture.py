@@ -35,6 +35,7 @@ _STOPPED = {
 
 # What is told of a job with thousands of ranks is to be on one screen.
 _MOST_GROUPS = 12
+_MOST_SUSPECTED = 8  # of these groups
 _MOST_SPANS = 8
 _MOST_NAMED = 3
 _WIDEST = 80
@@ -222,17 +223,18 @@ def describe(answer: Answer, *, missing: str | None = None, details: int = _MOST
         f"{_count(len(groups), 'group')} of stacks",
         _conclusion(answer),
     ]
-    rows = [(_ranks(group["ranks"]), *_doing(group)) for group in groups[:_MOST_GROUPS]]
+    suspected = [group for group in groups if group["suspected"]][:_MOST_SUSPECTED]
+    shown = [*suspected, *(group for group in groups if not group["suspected"])][:_MOST_GROUPS]
+    rows = [(_ranks(group["ranks"]), *_doing(group)) for group in shown]
     if missing and answer["missing"]:
         rows.append((_ranks(answer["missing"]), missing, ""))
     wide, wider = (max(len(row[column]) for row in rows) for column in (0, 1))
     wider = min(wider, _WIDEST)
     lines += [f"  {ranks:{wide}}  {what:{wider}}   {where}".rstrip() for ranks, what, where in rows]
-    if others := groups[_MOST_GROUPS:]:
-        ranks = sum(len(group["ranks"]) for group in others)
-        lines.append(f"  and {_count(len(others), 'group')} more, of {_count(ranks, 'rank')}")
+    if more := len(groups) - len(shown):
+        lines.append(f"  and {_count(more, 'group')} more")
     # One of each group: the others do the same.
-    first = {group["ranks"][0] for group in groups if group["suspected"]}
+    first = {group["ranks"][0] for group in suspected}
     detailed = [member for member in answer["suspects"] if member["rank"] in first]
     for member in detailed[:_MOST_NAMED]:
         lines += _details(member, details)
@@ -282,7 +284,7 @@ def _fewer(seen: Sequence[Seen], found: Collection[int]) -> bool:
 
 
 def _behind(seen: Sequence[Seen]) -> _Verdict:
-    """Those who have not reached the pass of the others, or are not in their block at all."""
+    """Those who have not reached the pass of the others, or are in no block at all."""
     scopes = [short_scope(one.member["scope"] or "") for one in seen]
     blocks = Counter(scope for scope in scopes if scope)
     if not blocks:
@@ -303,7 +305,7 @@ def _behind(seen: Sequence[Seen]) -> _Verdict:
     if any(one.place for one in seen) and not any(one.waits for one in seen):
         return _NOBODY
     outside = frozenset(
-        index for index, one in enumerate(seen) if scopes[index] != block and not one.waits
+        index for index, one in enumerate(seen) if not scopes[index] and not one.waits
     )
     if _fewer(seen, outside):
         return outside, f"not in {block}, where the others are"
