@@ -148,9 +148,9 @@ def _folded(seen: Seen) -> Iterator[str]:
         yield "no stacks"
         return
     yield from map(describe_frame, seen.place.frames)
-    for child in [] if seen.waits else seen.member["descendants"]:
-        place = place_of(child["stacks"] or []) if is_at_work(child["stacks"]) else None
-        if place is not None:
-            yield "its child process"
-            yield from map(describe_frame, place.frames)
-            return
+    children = [] if seen.waits else seen.member["descendants"]
+    at_work = (child["stacks"] or [] for child in children if is_at_work(child["stacks"]))
+    place = place_of(next(at_work, []))
+    if place is not None:
+        yield "its child process"
+        yield from map(describe_frame, place.frames)
