@@ -83,7 +83,7 @@ def _print_hangs(hangs: Sequence[Hang], answers: Sequence[Answer], files: int) -
     for number, (hang, answer) in enumerate(zip(hangs, answers, strict=True), 1):
         which = f"hang {number} of {len(hangs)}: " if len(hangs) > 1 else ""
         print(f"{which}{_title(hang)}")
-        text = describe(answer, missing="no file tells of them", details=_MOST_DETAILS)
+        text = describe(answer, missing="no file tells of", details=_MOST_DETAILS)
         print(f"elastic-timer: {text}")
         if number < len(hangs):
             print()

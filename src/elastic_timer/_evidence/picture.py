@@ -36,7 +36,8 @@ _STOPPED = {
 # What is told of a job with thousands of ranks is to be on one screen.
 _MOST_GROUPS = 12
 _MOST_SUSPECTED = 8  # of these groups
-_MOST_SPANS = 8
+_WIDEST_RANKS = 40
+_WIDEST_MISSING = 400
 _MOST_NAMED = 3
 _WIDEST = 80
 _MOST_LINES = 60  # on each suspect
@@ -214,7 +215,7 @@ def describe(answer: Answer, *, missing: str | None = None, details: int = _MOST
 
     Args:
         answer: What `who_hangs` has found.
-        missing: What to say of ranks that no picture has; `None` for nothing.
+        missing: What to say before the ranks that no picture has; `None` for nothing.
         details: How many lines there may be on what each of the suspects was doing.
     """
     groups = answer["groups"]
@@ -226,13 +227,13 @@ def describe(answer: Answer, *, missing: str | None = None, details: int = _MOST
     suspected = [group for group in groups if group["suspected"]][:_MOST_SUSPECTED]
     shown = [*suspected, *(group for group in groups if not group["suspected"])][:_MOST_GROUPS]
     rows = [(_ranks(group["ranks"]), *_doing(group)) for group in shown]
-    if missing and answer["missing"]:
-        rows.append((_ranks(answer["missing"]), missing, ""))
     wide, wider = (max(len(row[column]) for row in rows) for column in (0, 1))
     wider = min(wider, _WIDEST)
     lines += [f"  {ranks:{wide}}  {what:{wider}}   {where}".rstrip() for ranks, what, where in rows]
     if more := len(groups) - len(shown):
         lines.append(f"  and {_count(more, 'group')} more")
+    if missing and answer["missing"]:
+        lines.append(f"  {missing} {_ranks(answer['missing'], _WIDEST_MISSING)}")
     # One of each group: the others do the same.
     first = {group["ranks"][0] for group in suspected}
     detailed = [member for member in answer["suspects"] if member["rank"] in first]
@@ -502,15 +503,18 @@ def _at_work(member: Member) -> list[list[Descendant]]:
     return list(found.values())
 
 
-def _ranks(ranks: Collection[int]) -> str:
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {_listed(ranks)}"
+def _ranks(ranks: Collection[int], widest: int = _WIDEST_RANKS) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {_listed(ranks, widest)}"
 
 
-def _listed(numbers: Iterable[int]) -> str:
-    """Numbers folded; those that no line has room for only counted."""
+def _listed(numbers: Iterable[int], widest: int = _WIDEST_RANKS) -> str:
+    """Numbers folded; those that the line has no room for are counted."""
     spans = _spans(numbers)
-    more = f" and {len(spans) - _MOST_SPANS} more" if len(spans) > _MOST_SPANS else ""
-    return ",".join(spans[:_MOST_SPANS]) + more
+    text = ",".join(spans)
+    if len(text) > widest:
+        text = text[:widest].rpartition(",")[0]
+        text += f" and {len(spans) - text.count(',') - 1} more"
+    return text
 
 
 def _spans(numbers: Iterable[int]) -> list[str]:
