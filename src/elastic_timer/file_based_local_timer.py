@@ -351,6 +351,10 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         kill_after: How many seconds a worker may outlive a signal other than SIGKILL before it
             gets SIGKILL, unless it leaves the block. None means for ever. Process groups are not
             followed.
+        dry_run: Report who has overrun a deadline and would have been signalled, and signal
+            nobody, whatever signal the clients name.
+
+            .. versionadded:: 0.2.0
 
     Raises:
         FileExistsError: Something lies at `file_path` that is no FIFO, or that a server reads.
@@ -373,6 +377,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         *,
         reap_self: bool = False,
         kill_after: float | None = None,
+        dry_run: bool = False,
     ) -> None:
         super().__init__(
             lambda: FifoSource(file_path, FileTimerRequest),
@@ -380,6 +385,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
             max_interval,
             daemon,
             kill_after,
+            dry_run,
         )
         self._file_path = file_path
         self._reap_self = reap_self

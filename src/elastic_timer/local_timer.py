@@ -254,6 +254,9 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
         max_interval: The longest time between two rounds of the watchdog, in seconds. Deadlines
             and requests are seen to when they come, whatever it is.
         daemon: Whether the interpreter may exit while the watchdog runs.
+        dry_run: Report who has overrun a deadline and would have been killed, and signal nobody.
+
+            .. versionadded:: 0.2.0
 
     Raises:
         ValueError: `max_interval` is not a positive number.
@@ -264,9 +267,20 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
     _request_queue: MultiprocessingRequestQueue
     _source: MultiprocessingRequestQueue
 
-    def __init__(self, mp_queue: Queue[Any], max_interval: float = 60, daemon: bool = True) -> None:
+    def __init__(
+        self,
+        mp_queue: Queue[Any],
+        max_interval: float = 60,
+        daemon: bool = True,
+        *,
+        dry_run: bool = False,
+    ) -> None:
         super().__init__(
-            lambda: MultiprocessingRequestQueue(mp_queue), _RUN_ID, max_interval, daemon
+            lambda: MultiprocessingRequestQueue(mp_queue),
+            _RUN_ID,
+            max_interval,
+            daemon,
+            dry_run=dry_run,
         )
         self._request_queue = self._source
 

@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="run a command with a timer server beside it",
         usage="elastic-timer run [--timer-file PATH] [--max-interval SECONDS] [--run-id ID] "
-        "[--events FILE] -- COMMAND [ARG ...]",
+        "[--events FILE] [--summary] [--dry-run] -- COMMAND [ARG ...]",
         description="Starts a timer server and then COMMAND, with TORCHELASTIC_TIMER_FILE set: "
         "every Python process below it can call elastic_timer.configure() and use expires(). "
         "Signals are handed on to COMMAND; the exit status is COMMAND's own.",
@@ -88,6 +88,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     runs.add_argument(
         "--events", metavar="FILE", help="append one JSON object per event, one a line"
+    )
+    runs.add_argument(
+        "--summary",
+        action="store_true",
+        help="print at the end what each block took, and which deadline fits it",
+    )
+    runs.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="report who overruns a deadline, and signal nobody",
     )
     runs.set_defaults(action=_run, parser=runs)
     return parser

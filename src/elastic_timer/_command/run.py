@@ -13,8 +13,10 @@ import time
 from collections.abc import Set
 
 from elastic_timer import FileTimerServer
+from elastic_timer._command.block_table import block_table
 from elastic_timer._command.event_file import EventFile
-from elastic_timer._server.callbacks import contained_logger
+from elastic_timer._server.callbacks import PATIENCE, contained_logger, flush_log
+from elastic_timer._server.events import BlocksMeasured, Event
 
 # A stderr that nobody reads must not keep signals from COMMAND.
 logger = contained_logger(__name__)
@@ -45,6 +47,8 @@ class Options:
         timer_file: Where to make the FIFO; None for a private temporary folder.
         max_interval: The longest pause between two rounds of the server, in seconds.
         events: The file or FIFO to append events to; None for no events.
+        summary: Whether to print at the end what the blocks took.
+        dry_run: Whether nobody is signalled, and those who would be are only reported.
     """
 
     command: list[str]
@@ -52,6 +56,8 @@ class Options:
     timer_file: str | None = None
     max_interval: float = 10.0
     events: str | None = None
+    summary: bool = False
+    dry_run: bool = False
 
 
 def run(options: Options) -> int:
@@ -75,9 +81,15 @@ def run(options: Options) -> int:
             if timer_file is None:
                 folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="elastic-timer-"))
                 timer_file = os.path.join(folder, "timers")
-            server = FileTimerServer(timer_file, options.run_id, options.max_interval)
+            server = FileTimerServer(
+                timer_file, options.run_id, options.max_interval, dry_run=options.dry_run
+            )
             if options.events is not None:
                 server.subscribe(EventFile(options.events, options.run_id).append)
+            if options.summary:
+                summary = Summary()
+                server.subscribe(summary.note, BlocksMeasured)
+                cleanup.callback(summary.log)
             cleanup.enter_context(server)
         except OSError:
             cleanup.close()
@@ -92,6 +104,27 @@ def run(options: Options) -> int:
         # Not before COMMAND is there: what it has not had has to be forwarded.
         with contextlib.closing(_GroupWitness()) as witness:
             return _supervise(pid, signals, witness)
+
+
+class Summary:
+    """Logs, when all is over, what the blocks took."""
+
+    def __init__(self) -> None:
+        self._last: BlocksMeasured | None = None
+
+    def note(self, event: Event) -> None:
+        """Listen to the server."""
+        assert isinstance(event, BlocksMeasured)
+        self._last = event
+
+    def log(self) -> None:
+        """Log the table, waiting a second at most for a log that blocks."""
+        if self._last is None:
+            text = "no blocks were entered"
+        else:
+            text = f"what the blocks took\n{block_table([dataclasses.asdict(self._last)])}"
+        logger.warning("%s", text)
+        flush_log(PATIENCE)
 
 
 def _block_signals() -> tuple[set[int], Set[int]]:
