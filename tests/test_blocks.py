@@ -117,6 +117,9 @@ def test_after_that_is_not_round() -> None:
     assert asked_for(12.3456 - GATHER, GATHER, 12.3456) == 12.3456
     assert asked_for(57.3, 5, 60) == 60
     assert asked_for(57.3, 0.01, 60) == 57.3
+    # What was told too little at first, on a busy machine, does not stay so.
+    assert asked_for(59.98, GATHER, 0) == 60
+    assert asked_for(59.988, GATHER, 59.99) == 60
     # More than before, and less by more than the server may have been late.
     assert asked_for(120 - GATHER, GATHER, 60) == 120
     assert asked_for(30 - GATHER, GATHER, 60) == 30
@@ -255,16 +258,16 @@ def test_memory_is_bounded() -> None:
         fill(range(5000))
         before, _ = tracemalloc.get_traced_memory()
         for scope in range(900):
-            for bucket in range(150):
+            for bucket in range(40):
                 measured.blocks.acquired(PID, None, f"scope {scope}", False, NOW + 60, NOW)
                 measured.release(NOW + 1.1 ** (bucket - 70), f"scope {scope}")
-        fill(range(5000, 30_000))
+        fill(range(5000, 15_000))
         after, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
     records = measured.blocks.records()
     assert len(records) == 1000
-    assert measured.blocks.unmeasured == 30_000 - 900
-    assert sum(record["expired"] for record in records) == 30_000  # type: ignore[misc]
-    # All 900 histograms have 150 buckets by now; what came behind them has added nothing.
-    assert after - before < 900 * 150 * 100
+    assert measured.blocks.unmeasured == 15_000 - 900
+    assert sum(record["expired"] for record in records) == 15_000  # type: ignore[misc]
+    # All 900 histograms have 40 buckets by now; what came behind them has added nothing.
+    assert after - before < 900 * 40 * 150

@@ -114,7 +114,13 @@ def test_every_event_of_a_run(run: Callable[..., Child], tmp_path: Path) -> None
 
 
 TIMER = FileTimerRequest(4711, "train.py#42", 1795150503.21, 9)
-DURATIONS: dict[str, object] = {"left": 1, "longest": 0.5, "pid": 4711, "rank": 3, "histogram": [(-7, 1)]}
+DURATIONS: dict[str, object] = {
+    "left": 1,
+    "longest": 0.5,
+    "pid": 4711,
+    "rank": 3,
+    "histogram": [(-7, 1)],
+}
 NONE: dict[str, object] = {"left": 0, "longest": None, "pid": None, "rank": None, "histogram": []}
 COUNTS = {"scope": "train.py#42", "entered": 3, "expired": 1, "unfinished": 1, "after": 60.0}
 BLOCK = {**COUNTS, **DURATIONS, "first": NONE}

@@ -57,18 +57,22 @@ class _Block:
         self.first.add(record["first"], host)
         self.later.add(record, host)
 
+    def usual(self) -> _Durations:
+        """What the passes took but for the first ones, unless no worker came a second time."""
+        return self.later if self.later.left else self.first
+
     def used(self) -> float | None:
         """The share of its deadline that the longest pass has used, the first ones among them."""
-        if not self.after or not self.first.left + self.later.left:
+        if not self.after or not self.usual().left:
             return None
         return max(self.first.longest, self.later.longest) / self.after
 
     def suggested(self) -> int | None:
         """The deadline that fits, in seconds; None where too little is known."""
-        if self.first.left + self.later.left < _ENOUGH or not self.later.left:
+        if self.first.left + self.later.left < _ENOUGH:
             return None
         # The first passes may be longer by far, and are not to come near it.
-        needed = max(_SPARE * self.later.longest, self.first.longest / _TIGHT)
+        needed = max(_SPARE * self.usual().longest, self.first.longest / _TIGHT)
         return round_up(max(needed, _LEAST))
 
 
@@ -106,14 +110,13 @@ def round_up(seconds: float) -> int:
 
 
 def _cells(name: str, block: _Block) -> tuple[str, ...]:
-    used, suggested = block.used(), block.suggested()
-    shown = block.later if block.later.left else block.first
+    used, suggested, usual = block.used(), block.suggested(), block.usual()
     return (
         name,
         f"{block.entered:,}",
-        _duration(block.later.percentile(0.5)),
-        _duration(block.later.percentile(0.99)),
-        _duration(shown.longest if shown.left else None),
+        _duration(usual.percentile(0.5)),
+        _duration(usual.percentile(0.99)),
+        _duration(usual.longest if usual.left else None),
         f"{block.after:,.10g} s" if block.after else "-",
         "-" if used is None else f"{100 * used:,.{0 if used >= 0.01 else 1}f} %",
         "too few" if suggested is None else f"{suggested:,} s",
@@ -131,8 +134,7 @@ def _remarks(block: _Block) -> str:
         remarks.append(f"{block.expired:,} expired")
     if block.later.left and block.first.longest > block.later.longest:
         remarks.append(f"first {_duration(block.first.longest)}")
-    slowest = block.later.slowest or block.first.slowest
-    if slowest is not None and block.first.left > 1:  # Else there was but one worker.
+    if block.first.left > 1 and (slowest := block.usual().slowest):  # There are several workers.
         rank, pid, host = slowest
         who = f"pid {pid}" if rank is None else f"rank {rank}"
         remarks.append(f"slowest: {who}" + (f" on {host}" if host else ""))

@@ -35,7 +35,9 @@ _READ_AFTER = 0.015
 # program has for one block.
 _READ_LATE_AFTER = 0.1
 # By no more than this a round number is believed where it is not known from before.
-_MOST_ROUNDED = 0.05
+_MOST_ROUNDED = 1.0
+# So long after something has arrived a server may notice.
+_NOTICED_AFTER = 0.005
 # By so much two clocks may differ that are read one after the other.
 _CLOCKS_DIFFER = 0.0005
 
@@ -54,14 +56,19 @@ def asked_for(left: float, late: float, before: float) -> float:
         late: How long ago, at most, the request may have been sent.
         before: What was asked for at this place before; zero for nothing.
     """
+    late += _NOTICED_AFTER
     least = left - _CLOCKS_DIFFER
-    if least <= before <= left + max(late + _CLOCKS_DIFFER, _READ_LATE_AFTER):
+    # People write whole seconds. Of what is short they do not, and a tenth would be much of it.
+    whole = float(math.ceil(least))
+    fits = whole <= left + max(min(late, _MOST_ROUNDED), min(_READ_LATE_AFTER, left / 100))
+    if least <= before <= left + max(late, _READ_LATE_AFTER) and not (fits and before < whole):
         return before
-    # People write round numbers. The last of these is wrong by 10 ms at most.
-    most = left + max(_READ_AFTER, min(late, _MOST_ROUNDED))
-    for parts in (1, 2, 10, 20):
+    if fits:
+        return whole
+    # The last of these is wrong by 10 ms at most.
+    for parts in (2, 10, 20):
         rounded = math.ceil(least * parts) / parts
-        if rounded <= most:
+        if rounded <= left + max(_READ_AFTER, min(late, _MOST_ROUNDED)):
             return rounded
     return math.ceil(least * 100) / 100
 
