@@ -119,13 +119,15 @@ class _Durations:
 
 
 class _Block:
-    __slots__ = ("after", "entered", "expired", "first", "later", "scope", "unfinished")
+    __slots__ = ("after", "entered", "expired", "first", "later", "scope", "unfinished", "whole")
 
     def __init__(self, scope: str) -> None:
         self.scope = scope
         self.entered = self.expired = self.unfinished = 0
         # The largest that was asked for; zero before.
         self.after = 0.0
+        # The same where it is a whole number, which is sooner recognized; else -1.
+        self.whole = -1.0
         # Of each worker its first pass, which has to load and to compile what later ones find.
         self.first, self.later = _Durations(), _Durations()
 
@@ -156,8 +158,24 @@ class _Pass:
         self.since: float | None = None
 
     def until(self, now: float) -> None:
-        if self.since is not None and now - self.since > self.longest:
-            self.longest = now - self.since
+        """The deadline is asked for anew, or the block is left."""
+        since = self.since
+        if since is not None and now - since > self.longest:
+            self.longest = now - since
+
+    def end(self, now: float) -> None:
+        """The block was left."""
+        self.until(now)
+        self.durations.add(self.longest, self.pid, self.rank)
+
+
+class _Worker:
+    __slots__ = ("inside", "leaving")
+
+    def __init__(self) -> None:
+        self.inside: dict[str, _Pass] = {}
+        # Left within requests that were read together; when exactly, the next acquire may tell.
+        self.leaving: list[_Pass] = []
 
 
 class Blocks:
@@ -172,9 +190,9 @@ class Blocks:
 
     def __init__(self) -> None:
         self._blocks: dict[str, _Block] = {}
-        self._inside: dict[int, dict[str, _Pass]] = {}
-        # Left within requests that were read together; when exactly, the next acquire may tell.
-        self._leaving: dict[int, list[_Pass]] = {}
+        self._workers: dict[int, _Worker] = {}
+        # Those that are leaving blocks.
+        self._unsettled: list[_Worker] = []
         # They have expired and may go on, though their timers are dropped.
         self._overdue: dict[tuple[int, str], _Pass] = {}
         # Gone, though releases that they sent before may still be read.
@@ -201,55 +219,63 @@ class Blocks:
         """
         if pid in self._gone:  # It is another one, of the same number.
             self._forget(pid)
-        inside = self._inside.get(pid)
-        if inside is None:
-            inside = self._inside[pid] = {}
-        current = inside.get(scope)
+        worker = self._workers.get(pid)
+        if worker is None:
+            worker = self._workers[pid] = _Worker()
+        current = worker.inside.get(scope)
         if current is None:
             current = self._entered(pid, rank, scope, is_first)
             if current is None:
                 return
-            inside[scope] = current
+            worker.inside[scope] = current
         block = current.block
         left = deadline - now
-        if left > _NEVER:
+        if 0 <= block.whole - left <= _READ_LATE_AFTER:
+            sent = since = deadline - block.whole  # What `asked_for` finds, too.
+        elif left > _NEVER:
             sent, since = now, None
         else:
             after = asked_for(left, now - self._all_read_at, block.after)
             sent = since = deadline - after
             if after > block.after:
                 block.after = after
-        current.until(sent)
+                block.whole = after if after.is_integer() else -1.0
+        if current.since is not None:
+            current.until(sent)
         current.since = since
-        if pid in self._leaving:
-            for each in self._leaving.pop(pid):
-                self._end(each, sent)
+        if worker.leaving:
+            for each in worker.leaving:
+                each.end(sent)
+            worker.leaving.clear()
 
     def released(self, pid: int, scope: str) -> None:
         """A worker has left a block; `settle` says when."""
-        inside = self._inside.get(pid)
-        current = inside.pop(scope, None) if inside else None
+        worker = self._workers.get(pid)
+        if worker is None:
+            return
+        current = worker.inside.pop(scope, None)
         if current is None:
-            current = self._overdue.pop((pid, scope), None) if self._overdue else None
+            current = self._overdue.pop((pid, scope), None)
             if current is None:
                 return
-        if pid in self._leaving:
-            self._leaving[pid].append(current)
-        else:
-            self._leaving[pid] = [current]
+        if not worker.leaving:
+            self._unsettled.append(worker)
+        worker.leaving.append(current)
 
     def settle(self, now: float) -> None:
         """Take note that all requests that were there at `now` were called with."""
-        for passes in self._leaving.values():
-            for each in passes:
-                self._end(each, now)
-        self._leaving.clear()
+        for worker in self._unsettled:
+            for each in worker.leaving:
+                each.end(now)
+            worker.leaving.clear()
+        self._unsettled.clear()
         self._forget_gone()
         self.note_all_read(now)
 
     def expired(self, pid: int, scope: str) -> None:
         """A worker is in its block after the deadline, and loses its timer for that."""
-        current = self._inside.get(pid, {}).pop(scope, None)
+        worker = self._workers.get(pid)
+        current = None if worker is None else worker.inside.pop(scope, None)
         if current is not None:
             current.block.expired += 1
             if len(self._overdue) == _MOST_OVERDUE:
@@ -276,7 +302,8 @@ class Blocks:
 
     def _forget(self, pid: int) -> None:
         self._gone.discard(pid)
-        for each in self._inside.pop(pid, {}).values():
+        worker = self._workers.pop(pid, None)
+        for each in () if worker is None else worker.inside.values():
             each.block.unfinished += 1
         for key in [key for key in self._overdue if key[0] == pid]:
             del self._overdue[key]
@@ -294,8 +321,3 @@ class Blocks:
             block = self._blocks[name] = _Block(name)
         block.entered += 1
         return _Pass(block, pid, rank, is_first)
-
-    @staticmethod
-    def _end(each: _Pass, at: float) -> None:
-        each.until(at)
-        each.durations.add(each.longest, each.pid, each.rank)
