@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     _Handler = Callable[[str, dict[int, list[str]]], object]
 
 __all__ = [
+    "add_collective",
     "add_debug_info_handler",
+    "collectives",
     "log_debug_info_for_expired_timers",
     "remove_debug_info_handler",
     "set_stacks_timeout",
@@ -29,6 +31,7 @@ logger: logging.Logger = logging.getLogger(__name__)
 
 # Changed without a lock: one held by another thread during a fork would stay held in the child.
 _handlers: list[_Handler] = []
+_collectives: list[str] = []
 _stacks_timeout = 2.0
 
 
@@ -124,3 +127,28 @@ def stacks_timeout() -> float:
     .. versionadded:: 0.1.0
     """
     return _stacks_timeout
+
+
+def add_collective(name: str) -> None:
+    """Name a function in which ranks wait for each other, besides those of `torch.distributed`.
+
+    A rank that is in it, or in what it calls, waits; where others do not, these are the suspects.
+    Name where your program waits for what was begun elsewhere: with NCCL that is mostly
+    `torch.cuda.synchronize`, or the function of yours that calls `.item()`.
+
+    Args:
+        name: The function's name, with or without its class, or `FILE:FUNCTION` with the end of
+            the file's path: `cuda/__init__.py:synchronize`. Added twice, it counts once.
+
+    .. versionadded:: 0.2.0
+    """
+    if name not in _collectives:
+        _collectives.append(name)
+
+
+def collectives() -> tuple[str, ...]:
+    """The names added with `add_collective`.
+
+    .. versionadded:: 0.2.0
+    """
+    return tuple(_collectives)

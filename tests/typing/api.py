@@ -27,7 +27,9 @@ from elastic_timer import (
     expires,
 )
 from elastic_timer.debug_info_logging import (
+    add_collective,
     add_debug_info_handler,
+    collectives,
     log_debug_info_for_expired_timers,
     remove_debug_info_handler,
     set_stacks_timeout,
@@ -239,6 +241,8 @@ add_debug_info_handler(log_event)  # type: ignore[arg-type]  # pyright: ignore[r
 log_debug_info_for_expired_timers("run", {4711: [file_request.to_json()]})
 set_stacks_timeout(0.5)
 assert_type(stacks_timeout(), float)
+add_collective("synchronize")
+assert_type(collectives(), tuple[str, ...])
 
 # --- the package
 

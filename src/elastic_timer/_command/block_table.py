@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 from elastic_timer._server.blocks import percentile
 
@@ -18,9 +18,22 @@ _LEAST = 60
 _TIGHT = 0.5
 _GENEROUS = 0.001
 
+# More seconds than a float can be rounded of to whole ones.
+_LONGEST = 1e15
+
 _MINUTES = (1, 1.5, 2, 3, 4, 5, 10, 15, 20, 30, 45)
 
 _COLUMNS = ("scope", "blocks", "median", "p99", "longest", "after", "used", "suggested")
+
+
+class Measured(TypedDict):
+    """What an event "blocks" tells."""
+
+    time: float
+    host: str
+    run_id: str
+    blocks: list[Mapping[str, Any]]
+    unmeasured: int
 
 
 class _Durations:
@@ -98,6 +111,55 @@ def block_table(events: Iterable[Mapping[str, Any]]) -> str:
     if unmeasured:
         lines.append(f"more than can be measured: {unmeasured:,} blocks of other scopes")
     return "\n".join(lines)
+
+
+def measured(event: Mapping[str, Any]) -> Measured:
+    """What an event has, of which it is not known who wrote it.
+
+    Raises:
+        KeyError, OverflowError, TypeError, ValueError: It is not as it should be.
+    """
+    return {
+        "time": float(event["time"]),
+        "host": str(event["host"]),
+        "run_id": str(event["run_id"]),
+        "blocks": [
+            {
+                "scope": str(block["scope"]),
+                "entered": int(block["entered"]),
+                "expired": int(block["expired"]),
+                "after": _seconds(block["after"]),
+                **_durations(block),
+                "first": _durations(block["first"]),
+            }
+            for block in event["blocks"]
+        ],
+        "unmeasured": int(event["unmeasured"]),
+    }
+
+
+def _durations(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = {
+        "left": int(given["left"]),
+        "longest": _seconds(given["longest"]),
+        "pid": None if given["pid"] is None else int(given["pid"]),
+        "rank": None if given["rank"] is None else int(given["rank"]),
+        # No duration is outside of these buckets, and no number too large for a float.
+        "histogram": [
+            (max(-1000, min(int(number), 1000)), int(count)) for number, count in given["histogram"]
+        ],
+    }
+    if found["left"] and found["longest"] is None:
+        raise ValueError("the longest of some durations is missing")
+    return found
+
+
+def _seconds(given: Any) -> float | None:
+    """Seconds, or None where there are none."""
+    seconds = None if given is None else float(given)
+    if seconds is not None and not 0 <= seconds < _LONGEST:
+        raise ValueError(f"not a duration: {seconds}")
+    return seconds
 
 
 def round_up(seconds: float) -> int:
