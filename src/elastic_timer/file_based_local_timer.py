@@ -366,6 +366,10 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
             for those in a session that the worker or a descendant leads.
 
             .. versionadded:: 0.2.0
+        dry_run: Report who has overrun a deadline and would have been signalled, and signal
+            nobody, whatever signal the clients name.
+
+            .. versionadded:: 0.2.0
 
     Raises:
         FileExistsError: Something lies at `file_path` that is no FIFO, or that a server reads.
@@ -389,6 +393,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         reap_self: bool = False,
         kill_after: float | None = None,
         kill_tree: bool = False,
+        dry_run: bool = False,
     ) -> None:
         super().__init__(
             lambda: FifoSource(file_path, FileTimerRequest),
@@ -397,6 +402,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
             daemon,
             kill_after,
             kill_tree,
+            dry_run,
         )
         self._file_path = file_path
         self._reap_self = reap_self

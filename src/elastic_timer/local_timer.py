@@ -263,6 +263,9 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
             `FileTimerServer`.
 
             .. versionadded:: 0.2.0
+        dry_run: Report who has overrun a deadline and would have been killed, and signal nobody.
+
+            .. versionadded:: 0.2.0
 
     Raises:
         NotImplementedError: With `kill_tree`, where there is no /proc.
@@ -281,6 +284,7 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
         daemon: bool = True,
         *,
         kill_tree: bool = False,
+        dry_run: bool = False,
     ) -> None:
         super().__init__(
             lambda: MultiprocessingRequestQueue(mp_queue),
@@ -288,6 +292,7 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
             max_interval,
             daemon,
             kill_tree=kill_tree,
+            dry_run=dry_run,
         )
         self._request_queue = self._source
 

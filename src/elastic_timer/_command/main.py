@@ -63,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         help="run a command with a timer server beside it",
         usage="elastic-timer run [--timer-file PATH] [--max-interval SECONDS] [--run-id ID] "
         "[--events FILE] [--kill-tree] [--native] [--before-kill COMMAND] "
-        "[--before-kill-timeout SECONDS] -- COMMAND [ARG ...]",
+        "[--before-kill-timeout SECONDS] [--summary] [--dry-run] -- COMMAND [ARG ...]",
         description="Starts a timer server and then COMMAND, with TORCHELASTIC_TIMER_FILE set: "
         "every Python process below it can call elastic_timer.configure() and use expires(). "
         "Signals are handed on to COMMAND; the exit status is COMMAND's own.",
@@ -111,6 +111,16 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive_seconds,
         default=10.0,
         help="how long that may take (default: %(default)g)",
+    )
+    runs.add_argument(
+        "--summary",
+        action="store_true",
+        help="print at the end what each block took, and which deadline fits it",
+    )
+    runs.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="report who overruns a deadline, and signal nobody",
     )
     runs.set_defaults(action=_run, parser=runs)
 

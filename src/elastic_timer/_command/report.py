@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import TextIO
 
+from elastic_timer._command.block_table import block_table
 from elastic_timer._command.event_reader import EventReader, File
 from elastic_timer._command.hangs import Hang, hangs_of
 from elastic_timer._evidence.picture import (
@@ -58,10 +59,12 @@ def report(
         with open(folded, "w", encoding="utf-8", errors="backslashreplace") as file:
             _write_folded(file, hangs, collectives)
     if as_json:
-        _write_json(sys.stdout, reader.files, hangs, answers, collectives)
+        _write_json(sys.stdout, reader, hangs, answers, collectives)
     else:
         _print_hangs(hangs, answers, len(reader.files))
-        # What follows tells of all blocks, whether there was a hang or not.
+        if reader.blocks:
+            print("\nwhat the blocks took")
+            print(block_table(reader.blocks.values()))
     return UNREADABLE if any(file.error for file in reader.files) else 0
 
 
@@ -105,7 +108,7 @@ def _title(hang: Hang) -> str:
 
 def _write_json(
     file: TextIO,
-    files: Sequence[File],
+    reader: EventReader,
     hangs: Sequence[Hang],
     answers: Sequence[Answer],
     collectives: Collection[str],
@@ -114,7 +117,10 @@ def _write_json(
 
     In pieces: of a thousand hosts it is more than should be in memory at once.
     """
-    file.write(f'{{"version": 1, "files": {json.dumps([*map(dataclasses.asdict, files)])}, ')
+    files = json.dumps([*map(dataclasses.asdict, reader.files)])
+    file.write(
+        f'{{"version": 1, "files": {files}, "blocks": {json.dumps([*reader.blocks.values()])}, '
+    )
     file.write('"hangs": [')
     for number, (hang, answer) in enumerate(zip(hangs, answers, strict=True)):
         head = json.dumps({"time": hang.time, "last_time": hang.last, **answer})

@@ -102,6 +102,22 @@ class WorkerSignalled(TimerEvent[_Request]):
 
 
 @dataclasses.dataclass(frozen=True)
+class WorkerSpared(TimerEvent[_Request]):
+    """A worker would have been sent a signal, had the server not been told to signal nobody.
+
+    Attributes:
+        signal: The signal's number.
+        seconds_late: How long after the timer's deadline.
+        scopes: All scopes of the worker that had expired, oldest first.
+    """
+
+    name: ClassVar[str] = "would kill worker process"
+    signal: int
+    seconds_late: float
+    scopes: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class WorkerExited(WorkerEvent):
     """A worker that had acquired timers has ended.
 
@@ -124,6 +140,20 @@ class JobHangs(Event):
 
     name: ClassVar[str] = "job hangs"
     picture: Mapping[str, object]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlocksMeasured(Event):
+    """What the workers' blocks took since the server was made.
+
+    Attributes:
+        blocks: Of each block what `_server.blocks` makes of it.
+        unmeasured: How often others were entered, that were too many.
+    """
+
+    name: ClassVar[str] = "blocks"
+    blocks: list[Mapping[str, object]]
+    unmeasured: int
 
 
 Listener = Callable[[Event], object]

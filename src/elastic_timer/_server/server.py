@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 from elastic_timer import _clock
 from elastic_timer._server import callbacks
 from elastic_timer._server.events import (
+    BlocksMeasured,
     Event,
     Events,
     JobHangs,
@@ -26,6 +27,7 @@ from elastic_timer._server.events import (
     TimerReleased,
     WorkerExited,
     WorkerSignalled,
+    WorkerSpared,
 )
 from elastic_timer._server.process import is_running, refusal, state_of
 from elastic_timer._server.tree import UNKILLABLE_AFTER as _UNKILLABLE_AFTER
@@ -60,6 +62,9 @@ _SHORTEST_INTERVAL = 0.001
 # have heard of their expiry. One that blocks makes them late by so much.
 _HEAD_START = 0.01
 
+# A wait that takes longer than this, in seconds, was for something that was not there before it.
+_AT_ONCE = 0.001
+
 # The pause after requests could not be got: an error that comes back at once must not burn a core.
 _ERROR_PAUSE = 0.1
 
@@ -76,8 +81,13 @@ _RARE_EVENTS = (
     JobHangs,
     TimerExpired,
     WorkerSignalled,
+    WorkerSpared,
     WorkerExited,
+    BlocksMeasured,
 )
+
+# How often listeners are told what blocks take, in seconds.
+_BLOCKS_INTERVAL = 600.0
 
 
 class Source(Protocol[_R]):
@@ -154,6 +164,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         kill_after: How many seconds a worker may outlive a signal other than SIGKILL before it
             gets SIGKILL. None means for ever.
         kill_tree: Whether what a worker has started is killed with it.
+        dry_run: Whether nobody is signalled, and those who would be are only reported.
 
     Raises:
         NotImplementedError: With `kill_tree`, where there is no /proc.
@@ -168,6 +179,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         daemon: bool,
         kill_after: float | None = None,
         kill_tree: bool = False,
+        dry_run: bool = False,
     ) -> None:
         if not max_interval > 0:
             raise ValueError(f"max_interval must be a positive number of seconds: {max_interval}")
@@ -185,6 +197,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._daemon = daemon
         self._kill_after = kill_after
         self._kill_tree = kill_tree
+        self._dry_run = dry_run
         self._stop_signaled = False
         self._is_open = False
         self._loop = Loop(
@@ -197,9 +210,13 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._workers: Workers[_R] = Workers(self._loop)
         self._timers = self._workers.table
         self._events = Events()
-        self._events.subscribe(self._log_signalled, WorkerSignalled, queue=callbacks.the_log())
+        self._events.subscribe(
+            self._log_signalled, WorkerSignalled, WorkerSpared, queue=callbacks.the_log()
+        )
         self._begin_anew()
         self._before_signal: tuple[Callable[[TimerExpired[_R]], object], float] | None = None
+        # When listeners are told next what blocks take.
+        self._blocks_due = float("inf")
         self._exited: list[int] = []
         # What listeners hear of once all who are due are signalled.
         self._outbox: list[Event] = []
@@ -266,8 +283,12 @@ class ProcessServer(abc.ABC, Generic[_R]):
             listener: Called with each record. What it raises is logged. It holds nobody up for
                 more than 10 ms; while a thousand records wait for it, later ones are lost.
             kinds: The kinds of records. Without any it is all but acquires and releases of timers.
+                From the first time that somebody asks for them, blocks are measured.
         """
         self._events.subscribe(listener, *(kinds or _RARE_EVENTS))
+        if self._events.wants(BlocksMeasured):
+            self._workers.measure()
+            self._blocks_due = _clock.monotonic() + _BLOCKS_INTERVAL
 
     def before_signal(self, callback: Callable[[TimerExpired[_R]], object], timeout: float) -> None:
         """Have something called for each worker that is about to be signalled for its timer.
@@ -384,6 +405,9 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._follow_up()
         self._trees.follow_up()
         self._is_unfinished = False
+        if self._blocks_due <= self._looked_at:
+            self._blocks_due = self._looked_at + _BLOCKS_INTERVAL
+            self._publish_blocks()
 
     def _reap_all(self, expired: dict[int, list[_R]], now: float) -> None:
         """Report the workers whose timers have expired at `now` (epoch), and reap them.
@@ -433,7 +457,9 @@ class ProcessServer(abc.ABC, Generic[_R]):
         """Have those know who want to that a worker is going to be signalled."""
         inquest.is_announced = True
         lethal = [timer for timer in timers if self._signal_for(timer) > 0]
-        if self._before_signal is None or not lethal or refusal(pid) or self._is_ending():
+        if self._before_signal is None or self._dry_run or self._is_ending():
+            return
+        if not lethal or refusal(pid):
             return
         callback, timeout = self._before_signal
         ranks, late = self._workers.ranks(pid), self._workers.seconds_late(lethal[0])
@@ -462,8 +488,12 @@ class ProcessServer(abc.ABC, Generic[_R]):
             Whether there is something to do. False after the timeout or when woken.
         """
         due = self._next_due()
-        ready = self._loop.wait(min(timeout, due - _clock.monotonic() - _FINE))
-        left = due - _clock.monotonic()
+        before = _clock.monotonic()
+        ready = self._loop.wait(min(timeout, due - before - _FINE))
+        now = _clock.monotonic()
+        if now - before > _AT_ONCE:
+            self._workers.note_all_read(now)
+        left = due - now
         if not ready and left <= _FINE:
             self._loop.pause(left)
         self._note_ready(ready)
@@ -475,7 +505,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         """The monotonic time at which something has to be done; infinite where nothing has."""
         if self._is_unfinished:
             return self._looked_at
-        due = [retry.at for retry in self._retries.values()]
+        due = [self._blocks_due, *(retry.at for retry in self._retries.values())]
         due += [signalled.until for signalled in self._signalled.values()]
         due.append(self._trees.next_due())
         due += [0.0 if each.is_done else each.until for each in self._inquests.values()]
@@ -484,7 +514,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
             due.append(deadline)
         if self._workers.has_unwatched():
             due.append(self._looked_at + _RETRY)
-        return min(due, default=float("inf"))
+        return min(due)
 
     def _end_of_wait(self) -> float:
         """When a wait that begins now has lasted `max_interval`, in monotonic seconds."""
@@ -529,6 +559,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
         is_retry = pid in self._retries
         ranks = self._workers.ranks(pid)
         timers = sorted(timers, key=lambda timer: timer.expiration_time)
+        if not is_retry:
+            self._workers.count_expired(timers)
         for timer in timers:
             signal = self._signal_for(timer)
             late = self._workers.seconds_late(timer)
@@ -546,6 +578,14 @@ class ProcessServer(abc.ABC, Generic[_R]):
             logger.warning("Worker %s has overrun its deadline, and is left alone: %s", pid, reason)
             self._workers.drop(timers)
             return
+        scopes = [expired.scope_id for expired in timers]
+        if self._dry_run:
+            late = self._workers.seconds_late(timers[0])
+            self._workers.drop(timers)
+            self._outbox.append(
+                WorkerSpared(_clock.epoch(), pid, *ranks, timer, signal, late, scopes)
+            )
+            return
         pause = self._signal(pid, signal)
         if pause is not None:
             logger.error("Worker %s could not be signalled; trying again until it can be", pid)
@@ -559,7 +599,6 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._note_signal(pid, timer, signal)
         # Only these: what else it holds counts on, where it outlives the signal.
         self._workers.drop(timers)
-        scopes = [expired.scope_id for expired in timers]
         self._outbox.append(
             WorkerSignalled(_clock.epoch(), pid, *ranks, timer, signal, late, scopes)
         )
@@ -762,8 +801,15 @@ class ProcessServer(abc.ABC, Generic[_R]):
             self._trees.close()
             was_open, self._is_open = self._is_open, False
         if was_open and not is_child:
+            # By now it is known which blocks were never left.
+            self._publish_blocks()
             self._events.publish(ServerStopped(_clock.epoch()))
             self._flush()
+
+    def _publish_blocks(self) -> None:
+        blocks, unmeasured = self._workers.measured()
+        if blocks:
+            self._events.publish(BlocksMeasured(_clock.epoch(), blocks, unmeasured))
 
     def _flush(self) -> None:
         """Let listeners and the log catch up, those that block for a second at most."""
@@ -772,9 +818,10 @@ class ProcessServer(abc.ABC, Generic[_R]):
         callbacks.flush_log(end - _clock.monotonic())
 
     def _log_signalled(self, event: Event) -> None:
-        assert isinstance(event, WorkerSignalled)
+        assert isinstance(event, (WorkerSignalled, WorkerSpared))
         logging.getLogger(__name__).warning(
-            "Reaped worker %s%s with signal %s, %.3f s after its deadline: %s",
+            "%s worker %s%s with signal %s, %.3f s after its deadline: %s",
+            "Reaped" if isinstance(event, WorkerSignalled) else "Dry run: would have reaped",
             event.pid,
             "" if event.rank is None else f" (rank {event.rank})",
             event.signal,

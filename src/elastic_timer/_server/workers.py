@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from elastic_timer import _clock
-from elastic_timer._server.blocks import block_of
+from elastic_timer._server.blocks import Blocks, block_of
 from elastic_timer._server.callbacks import contained_logger
 from elastic_timer._server.job import Standing, job_of, ranks
 from elastic_timer._server.process import (
@@ -132,6 +132,8 @@ class Workers(Generic[_Request]):
     def __init__(self, loop: Loop) -> None:
         self.table: TimerTable[int, _Request] = TimerTable()
         self.clock = EpochClock()
+        # What its blocks take; None where nobody asks.
+        self.blocks: Blocks | None = None
         self._loop = loop
         self._workers: dict[int, _Worker] = {}
         # Processes whose exit no descriptor tells of, and which have to be asked.
@@ -178,21 +180,29 @@ class Workers(Generic[_Request]):
             The requests that counted.
         """
         counted = []
-        now = _clock.monotonic()
         with self._lock:
+            now, blocks = _clock.monotonic(), self.blocks
             for request in requests:
                 pid, scope = request.worker_id, request.scope_id
                 if request.expiration_time < 0:
                     self.table.release(pid, scope)
+                    if blocks is not None:
+                        blocks.released(pid, scope)
                     self._forget_idle_group(pid)
                 elif self._hold(pid, claims_to_run):
                     deadline = self.clock.to_monotonic(request.expiration_time)
+                    worker, block = self._workers[pid], block_of(scope)
                     if self.table.acquire(pid, scope, request, deadline, now):
-                        self._workers[pid].count_pass(block_of(scope))
+                        worker.count_pass(block)
+                    if blocks is not None:
+                        is_first = worker.passes.get(block) == 1
+                        blocks.acquired(pid, worker.rank, scope, is_first, deadline, now)
                 else:
                     logger.debug("Dropped a timer of worker %s, which is gone: %s", pid, scope)
                     continue
                 counted.append(request)
+            if blocks is not None:
+                blocks.settle(now)
         return counted
 
     def clear(self, pids: Iterable[int]) -> None:
@@ -200,6 +210,8 @@ class Workers(Generic[_Request]):
         with self._lock:
             for pid in pids:
                 self.table.clear(pid)
+                if self.blocks is not None:
+                    self.blocks.ended(pid)
                 self._forget_idle_group(pid)
 
     def drop(self, timers: Iterable[_Request]) -> None:
@@ -209,6 +221,32 @@ class Workers(Generic[_Request]):
                 if self.table.get((timer.worker_id, timer.scope_id)) is timer:
                     self.table.release(timer.worker_id, timer.scope_id)
                     self._forget_idle_group(timer.worker_id)
+
+    def measure(self) -> None:
+        """Count and time the blocks from now on."""
+        with self._lock:
+            if self.blocks is None:
+                self.blocks = Blocks()
+
+    def note_all_read(self, now: float) -> None:
+        """Take note that what was sent before `now`, in monotonic seconds, has been read."""
+        with self._lock:
+            if self.blocks is not None:
+                self.blocks.note_all_read(now)
+
+    def measured(self) -> tuple[list[Mapping[str, object]], int]:
+        """What was measured, and how often blocks were entered that were too many for that."""
+        with self._lock:
+            return (
+                ([], 0) if self.blocks is None else (self.blocks.records(), self.blocks.unmeasured)
+            )
+
+    def count_expired(self, timers: Iterable[_Request]) -> None:
+        """Count the blocks whose timers have expired."""
+        with self._lock:
+            if self.blocks is not None:
+                for timer in timers:
+                    self.blocks.expired(timer.worker_id, timer.scope_id)
 
     def expired(self, epoch: float) -> dict[int, list[_Request]]:
         """The timers that have expired when the wall clock shows `epoch`, by worker."""
@@ -410,6 +448,8 @@ class Workers(Generic[_Request]):
 
     def _release_process(self, pid: int) -> None:
         worker = self._workers.pop(pid)
+        if self.blocks is not None:
+            self.blocks.ended(pid)
         self._unwatched.discard(pid)
         self._unwatch(worker)
         if worker.process is not None:
