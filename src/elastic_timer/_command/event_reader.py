@@ -96,9 +96,7 @@ class EventReader:
 
     def _keep(self, event: Any) -> None:
         if _a(dict, event)["event"] == _PICTURE:
-            time = float(event["time"])
-            if not math.isfinite(time):
-                raise ValueError("a time has to be a number")
+            time = _seconds(event["time"])
             picture = self._picture(event["picture"])
             self.sightings.append(Sighting(time, _a(str, event["host"]), picture))
 
@@ -124,7 +122,7 @@ class EventReader:
                 sys.intern(scope): _a(int, count)
                 for scope, count in _a(dict, given["passes"]).items()
             },
-            "seconds": None if given["seconds"] is None else float(given["seconds"]),
+            "seconds": None if given["seconds"] is None else _seconds(given["seconds"]),
             "expired": bool(given["expired"]),
             "state": _optional(str, given["state"]),
             "stacks": self._stacks(given["stacks"]),
@@ -177,9 +175,16 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
 
 def _a(kind: type[_T], value: Any) -> _T:
     """The value, which has to be of a kind."""
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TypeError(f"not a {kind.__name__}: {value!r:.40}")
     return value
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(value)
+    if not math.isfinite(seconds):
+        raise ValueError(f"not a time: {seconds}")
+    return seconds
 
 
 def _optional(kind: type[_T], value: Any) -> _T | None:

@@ -83,7 +83,7 @@ def _print_hangs(hangs: Sequence[Hang], answers: Sequence[Answer], files: int) -
     for number, (hang, answer) in enumerate(zip(hangs, answers, strict=True), 1):
         which = f"hang {number} of {len(hangs)}: " if len(hangs) > 1 else ""
         print(f"{which}{_title(hang)}")
-        text = describe(answer, missing="no file tells of them", details=_MOST_DETAILS)
+        text = describe(answer, missing="no file tells of", details=_MOST_DETAILS)
         print(f"elastic-timer: {text}")
         if number < len(hangs):
             print()
@@ -148,9 +148,9 @@ def _folded(seen: Seen) -> Iterator[str]:
         yield "no stacks"
         return
     yield from map(describe_frame, seen.place.frames)
-    for child in [] if seen.waits else seen.member["descendants"]:
-        place = place_of(child["stacks"] or []) if is_at_work(child["stacks"]) else None
-        if place is not None:
-            yield "its child process"
-            yield from map(describe_frame, place.frames)
-            return
+    children = [] if seen.waits else seen.member["descendants"]
+    at_work = (child["stacks"] or [] for child in children if is_at_work(child["stacks"]))
+    place = place_of(next(at_work, []))
+    if place is not None:
+        yield "its child process"
+        yield from map(describe_frame, place.frames)
