@@ -568,3 +568,20 @@ def test_an_error_of_the_collector_costs_the_evidence_alone(
         assert other.wait() == -signal.SIGKILL
     assert "no room" in caplog.text
     assert [record.timer_pid for record in logged(caplog)] == [other.pid]
+
+
+def test_an_error_before_the_collector_costs_the_evidence_alone(
+    fifo_path: str,
+    spawn: Spawn,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Where a server can't even say what it wants to know, the worker is reaped at once."""
+    with running(FileTimerServer(fifo_path, "run", 60)) as server:
+        monkeypatch.setattr(server, "_evidence_wanted", lambda: 1 / 0)
+        worker = spawn(RANK, "wait")
+        assert worker.readline() == "there"
+        started = time.monotonic()
+        Link("file", fifo_path).put(worker.pid, "train.py#42", time.time())
+        assert wait_dead(worker) < started + 2
+    assert "ZeroDivisionError" in caplog.text
