@@ -115,6 +115,20 @@ def test_b5_output_without_end_is_cut(
     ] * 2
 
 
+def test_what_is_given_up_is_ended(
+    stand_in: Callable[[str], Path], sleepers: list[int], tmp_path: Path
+) -> None:
+    """Dumps that nobody waits for any more leave no py-spy behind."""
+    pid_file = tmp_path / "pid"
+    stand_in(f"echo $$ > {shlex.quote(str(pid_file))}; exec sleep 600")
+    dumps = stacks.Dumps()
+    dumps.order("key", sleepers[0], "S", time.monotonic() + 60)
+    assert dumps.wait(0) == []
+    pid = int(eventually(lambda: pid_file.exists() and pid_file.read_text()))
+    dumps.close()
+    assert not is_alive(pid)
+
+
 @pytest.mark.parametrize("way", ["stdout", "stderr"])
 def test_b5_output_without_end_of_one_does_not_hold_up_the_other(
     way: str, stand_in: Callable[[str], Path], sleepers: list[int], caplog: pytest.LogCaptureFixture

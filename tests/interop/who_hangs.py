@@ -2,7 +2,8 @@
 
 `python -m tests.interop.who_hangs --ranks 4 --kind sleep` runs that part of the table, each rank in
 turn, and appends its results to a file; `--table` only prints what is in there. Without `--kind` it
-is all of them, without `--ranks` 2, 4 and 8. A job takes some seconds.
+is all of them, without `--ranks` 2, 4 and 8. A job takes some seconds; what is in the file is not
+done again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import subprocess
 import sys
 import tempfile
@@ -34,12 +36,13 @@ KINDS = [
 ]
 
 
-def command(events: Path, ranks: int, kind: str, stuck_rank: int, after: float) -> list[str]:
+def command(events: Path, ranks: int, kind: str, stuck_rank: int | None, after: float) -> list[str]:
     """The job under `elastic-timer run`."""
     run = [sys.executable, "-m", "elastic_timer", "run", "--events", str(events), "--"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     torchrun += ["--local-addr", "127.0.0.1", "--nproc-per-node", str(ranks)]
-    return [*run, *torchrun, str(JOB), kind, str(stuck_rank), str(after)]
+    stuck = -1 if stuck_rank is None else stuck_rank
+    return [*run, *torchrun, str(JOB), kind, str(stuck), str(after)]
 
 
 def verdict(lines: list[dict[str, Any]], ranks: int) -> dict[str, Any]:
@@ -61,7 +64,7 @@ def verdict(lines: list[dict[str, Any]], ranks: int) -> dict[str, Any]:
     }
 
 
-def run_one(ranks: int, kind: str, stuck_rank: int, after: float) -> dict[str, Any]:
+def run_one(ranks: int, kind: str, stuck_rank: int | None, after: float) -> dict[str, Any]:
     """Run a job to its end; what became of it."""
     with tempfile.TemporaryDirectory() as folder:
         events = Path(folder) / "events"
@@ -80,7 +83,7 @@ def run_one(ranks: int, kind: str, stuck_rank: int, after: float) -> dict[str, A
     return {
         "ranks": ranks,
         "kind": kind,
-        "stuck": None if kind == TOGETHER else stuck_rank,
+        "stuck": stuck_rank,
         **verdict(lines, ranks),
         "log": told,
         "took": round(time.monotonic() - started, 1),
@@ -115,29 +118,38 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, action="append")
     parser.add_argument("--kind", action="append", choices=[*KINDS, TOGETHER])
     parser.add_argument("--stuck-rank", type=int, action="append", help="not each in turn")
-    parser.add_argument("--times", type=int, default=1)
+    parser.add_argument("--times", type=int, default=1, help="of each")
     parser.add_argument("--after", type=float, default=2.0)
     parser.add_argument("--seconds", type=float, default=240, help="start no job after so long")
     parser.add_argument("--results", type=Path, default=Path("who_hangs.jsonl"))
     parser.add_argument("--table", action="store_true", help="run nothing")
     asked = parser.parse_args()
+    results = read(asked.results)
+    done = Counter((each["ranks"], each["kind"], each["stuck"]) for each in results)
     plan = [
         (ranks, kind, rank)
         for kind in asked.kind or [*KINDS, TOGETHER]
         for ranks in asked.ranks or [2, 4, 8]
-        for rank in (asked.stuck_rank or range(ranks) if kind != TOGETHER else [-1])
-    ] * asked.times
+        for rank in (asked.stuck_rank or range(ranks) if kind != TOGETHER else [None])
+        for _ in range(asked.times - done[ranks, kind, rank])
+    ]
+    # Cut off at any time, it has some of each.
+    random.Random(13).shuffle(plan)
     give_up = time.monotonic() + asked.seconds
     for number, (ranks, kind, rank) in enumerate([] if asked.table else plan):
         if time.monotonic() > give_up:
-            print(f"{len(plan) - number} jobs left out: no time")
+            print(f"{len(plan) - number} jobs left for the next time")
             break
         result = run_one(ranks, kind, rank, asked.after)
         print("right" if is_right(result) else "WRONG", json.dumps(result), flush=True)
         with asked.results.open("a") as file:
             file.write(json.dumps(result) + "\n")
-    if asked.results.exists():
-        print(table([json.loads(line) for line in asked.results.read_text().splitlines()]))
+    print(table(read(asked.results)))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The results in a file, if there is one."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 if __name__ == "__main__":

@@ -280,16 +280,23 @@ class Collector:
         deadline: float | None,
         dumps: Dumps,
     ) -> None:
-        def order(look: _Look, urgency: int, native: bool = False) -> None:
+        def order(look: _Look, urgency: int) -> None:
             def take(stacks: Stacks) -> None:
                 case.outstanding -= 1
-                if not native:
-                    look.stacks = stacks
-                elif stacks["stacks"] is not None:
+                look.stacks = stacks
+                # Not before: of two that want to pause a process at once one fails.
+                if request.native and stacks["stacks"] and can_pause(look.facts["state"]):
+                    case.outstanding += 1
+                    native = max(urgency, _NATIVE)
+                    dumps.order(take_native, look.pid, None, deadline, native, native=True)
+
+            def take_native(stacks: Stacks) -> None:
+                case.outstanding -= 1
+                if stacks["stacks"]:
                     look.native = stacks
 
             case.outstanding += 1
-            dumps.order(take, look.pid, look.facts["state"], deadline, urgency, native)
+            dumps.order(take, look.pid, look.facts["state"], deadline, urgency)
 
         for pid, look in case.looks.items():
             order(look, _OF_EXPIRED if pid in request.expired else _OF_PEERS)
@@ -300,10 +307,6 @@ class Collector:
                 look.descendants = [_Look(child) for child in found]
             for descendant in look.descendants:
                 order(descendant, _OF_DESCENDANTS)
-            if request.native and deadline is not None:
-                for each in (look, *look.descendants):
-                    if can_pause(each.facts["state"]):
-                        order(each, _NATIVE if each is look else _OF_DESCENDANTS, native=True)
 
     def _report_complete(self) -> None:
         complete = [case for case in self._open if case.is_complete()]

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 from elastic_timer import _clock
 from elastic_timer._server.blocks import Blocks, block_of
 from elastic_timer._server.callbacks import contained_logger
-from elastic_timer._server.job import Standing, job_of, ranks
 from elastic_timer._server.process import (
     ProcessHandle,
     SpareDescriptor,
@@ -23,6 +22,7 @@ from elastic_timer._server.process import (
 from elastic_timer._server.table import TimerTable
 
 if TYPE_CHECKING:
+    from elastic_timer._server.job import Standing
     from elastic_timer._server.loop import Loop
 
 logger = contained_logger(__name__)
@@ -95,6 +95,9 @@ class EpochClock:
 
 class _Worker:
     def __init__(self, pid: int, process: ProcessHandle | None) -> None:
+        # Not before: a process that only sends has no workers.
+        from elastic_timer._server.job import job_of, ranks
+
         # None: gone before it could be held, though it is claimed to run.
         self.process = process
         environment = environment_of(pid) if pid > 0 else {}
@@ -323,6 +326,8 @@ class Workers(Generic[_Request]):
             return [self._standing(pid, each) for pid, each in (named | of_jobs).items()]
 
     def _standing(self, pid: int, worker: _Worker) -> Standing:
+        from elastic_timer._server.job import Standing
+
         standing = Standing(pid, worker.rank, worker.local_rank, worker.job)
         urgent = self.table.most_urgent(pid)
         passes = dict(worker.passes)
