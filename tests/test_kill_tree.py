@@ -5,6 +5,8 @@ Who is left is told by a mark in the environment that all of a job were started 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import signal
 import time
@@ -13,6 +15,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from elastic_timer import FileTimerClient, FileTimerRequest, FileTimerServer
+from elastic_timer._command.main import main
 from elastic_timer._server import tree as _tree
 from elastic_timer._server.process import ProcessHandle
 from elastic_timer.debug_info_logging import set_stacks_timeout
@@ -22,8 +25,10 @@ from tests.support import (
     Child,
     eventually,
     marked_processes,
+    no_more_descriptors,
     process_state,
     running,
+    wait_dead,
 )
 
 pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="needs /proc")
@@ -433,3 +438,201 @@ def test_what_does_not_die_is_named(
         file_link.put(worker.pid, "block", time.time() + 0.1)
         (line,) = eventually(lambda: records(caplog, "Of what worker"))
     assert line.endswith(f"still there 0 s after SIGKILL: {spared} (state S)")
+
+
+def test_what_dies_is_not_named(
+    file_link: Link,
+    job: Callable[..., Child],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A look some time after the kill finds nothing, and says nothing."""
+    monkeypatch.setattr(_tree, "UNKILLABLE_AFTER", 0.3)
+    worker = job("start(); stay()")
+    pids(worker, 2)
+    with running(file_link.server(kill_tree=True)) as server:
+        file_link.put(worker.pid, "block", time.time() + 0.1)
+        eventually(lambda: server._trees._killed)
+        eventually(lambda: not server._trees._killed)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_search_that_takes_too_long_is_given_up(
+    link: Link,
+    job: Callable[..., Child],
+    mark: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A tree that grows faster than it is found does not keep its worker alive; the log says so."""
+    monkeypatch.setattr(_tree, "_LONGEST_SEARCH", 0)
+    worker = job("start(); stay()")
+    pids(worker, 2)
+    with running(link.server(kill_tree=True)):
+        link.put(worker.pid, "block", time.time() + 0.1)
+        assert worker.wait() == -signal.SIGKILL
+        eventually(lambda: records(caplog, f"Of what worker {worker.pid} has started not all"))
+
+
+def test_tree_that_can_not_be_looked_for(
+    file_link: Link, job: Callable[..., Child], mark: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a descriptor to read /proc with the worker is reaped all the same."""
+    worker = job("stay()")
+    pids(worker, 1)
+    with running(file_link.server(kill_tree=True)) as server:
+        file_link.put(worker.pid, "block", time.time() + 0.3)
+        eventually(lambda: server._timers)
+        with no_more_descriptors():
+            worker.process.wait(20)
+        eventually(lambda: records(caplog, f"What worker {worker.pid} has started can't be"))
+    assert worker.wait() == -signal.SIGKILL
+
+
+def test_worker_without_a_tree(
+    link: Link, job: Callable[..., Child], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is told of what was not there."""
+    worker = job("stay()")
+    pids(worker, 1)
+    with running(link.server(kill_tree=True)):
+        link.put(worker.pid, "block", time.time() + 0.1)
+        assert worker.wait() == -signal.SIGKILL
+        eventually(lambda: records(caplog, "Reaped worker"))
+    assert not records(caplog, "Killed what")
+
+
+def test_without_proc(
+    link: Link, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where nobody tells who has started whom, the option is refused at once."""
+    monkeypatch.setattr(os.path, "exists", lambda path: False)
+    with pytest.raises(NotImplementedError, match="kill_tree needs /proc"):
+        link.server(kill_tree=True)
+    with pytest.raises(SystemExit) as exit_:
+        main(["run", "--kill-tree", "--", "true"])
+    assert exit_.value.code == 2
+    assert "kill_tree needs /proc" in capsys.readouterr().err
+
+
+# The parts ---------------------------------------------------------------------------------------
+
+
+def known(pid: int, parent: int, session: int = 1, start: str = "0") -> _tree.Known:
+    return _tree.Known(pid, parent, session, session, start)
+
+
+@pytest.mark.parametrize(
+    ("processes", "sessions", "found"),
+    [
+        # Nearest first, whoever has the lower number.
+        ([known(10, 1), known(30, 10), known(20, 30), known(40, 10)], set(), [30, 40, 20]),
+        # In a session that one of them leads, also where its parent is another by now.
+        ([known(10, 1, 10), known(20, 1, 10), known(30, 20)], set(), [20, 30]),
+        ([known(10, 1), known(20, 10, 20), known(30, 1, 20)], set(), [20, 30]),
+        # In a session that is known to be theirs, without its leader.
+        ([known(30, 1, 20), known(40, 1, 50)], {20}, [30]),
+        # Neither the server, nor what it has started, nor those in its session.
+        ([known(10, 1, 10), known(5, 10, 10), known(6, 5, 10), known(7, 1, 10)], set(), []),
+        # One that is above itself, as numbers that were given away can make it look like.
+        ([known(10, 20), known(20, 10)], set(), [20]),
+    ],
+)
+def test_descendants(processes: list[_tree.Known], sessions: set[int], found: list[int]) -> None:
+    """Who is below process 10, when the server is process 5."""
+    table = {each.pid: each for each in processes}
+    assert [each.pid for each in _tree.descendants(table, [10], sessions, 5)] == found
+
+
+@pytest.fixture
+def tree() -> Iterator[_tree.Tree]:
+    with contextlib.closing(_tree.Tree({os.getuid()})) as made:
+        yield made
+
+
+def test_only_what_was_seen_is_held(tree: _tree.Tree, job: Callable[..., Child]) -> None:
+    """Not another process that has its number since, not one that has ended, none twice."""
+    process = job("stay()")
+    pids(process, 1)
+    seen = _tree.look_at(process.pid)
+    assert seen is not None
+    assert not tree.hold(seen._replace(start="1"))
+    assert tree.hold(seen)
+    assert not tree.hold(seen)
+    assert tree.starts() == {process.pid: seen.start}
+    eventually(lambda: _tree.still_there(tree.starts()) == {process.pid: "S"})
+    os.kill(process.pid, signal.SIGKILL)
+    wait_dead(process)
+    tree.forget_ended()
+    assert tree.pids() == []
+    assert _tree.still_there({process.pid: seen.start}) == {}
+    assert not tree.hold(seen)
+    process.wait()
+    assert not tree.hold(seen)
+    assert tree.others == {}
+
+
+def test_signal_that_can_not_be_sent(
+    tree: _tree.Tree,
+    job: Callable[..., Child],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that has ended is no matter; what the system refuses is told."""
+    process = job("stay()")
+    pids(process, 1)
+    seen = _tree.look_at(process.pid)
+    assert seen is not None
+    tree.hold(seen)
+    monkeypatch.setattr(_tree, "user_of", lambda pid: os.getuid())
+    process.close()
+    tree.send(signal.SIGTERM)
+    refuse = PermissionError(errno.EPERM, os.strerror(errno.EPERM))
+    monkeypatch.setattr(ProcessHandle, "send", mock_raising(refuse))
+    tree.send(signal.SIGTERM)
+    (line,) = eventually(lambda: records(caplog, "Process "))
+    assert line.startswith(f"Process {process.pid} can't be sent signal {signal.SIGTERM:d}: ")
+
+
+def mock_raising(error: Exception) -> Callable[..., None]:
+    """A function that raises."""
+
+    def raising(*_: object) -> None:
+        raise error
+
+    return raising
+
+
+def test_nothing_is_held_of_a_worker_that_has_ended(job: Callable[..., Child]) -> None:
+    """Its number may be somebody else's by now."""
+    trees = _tree.Trees()
+    process = job("stay()")
+    pids(process, 1)
+    with ProcessHandle(process.pid) as worker:
+        os.kill(process.pid, signal.SIGKILL)
+        wait_dead(process)
+        trees.hold(worker, stop=True)
+        assert process.wait() == -signal.SIGKILL
+        trees.hold(worker, stop=True)
+    assert trees._workers == {}
+
+
+def test_search_that_fails_at_its_end(
+    job: Callable[..., Child], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was found before is killed all the same."""
+    process = job("start(); stay()")
+    found = pids(process, 2)
+    with contextlib.closing(_tree.Trees()) as trees, ProcessHandle(process.pid) as worker:
+        trees.hold(worker, stop=False)
+        no_more = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        monkeypatch.setattr(_tree.ProcessTable, "refresh", mock_raising(no_more))
+        trees.kill(process.pid)
+    (child,) = set(found) - {process.pid}
+    wait_dead(child)
+    assert eventually(lambda: records(caplog, f"What worker {process.pid} has started can't be"))
+
+
+def test_parent_outside_of_the_container_sees_no_stop() -> None:
+    """Of process 1's parent nothing is known; it has seen worse."""
+    assert not _tree._stops_with(known(1, 0))

@@ -175,6 +175,28 @@ def test_children_of_the_servers_threads_are_theirs(run_job: Run, mark: str) -> 
     assert child.stderr_text() == ""
 
 
+def test_own_children_are_left_to_who_waits_for_them(spawn: Spawn) -> None:
+    """COMMAND and the process that tells of signals keep their status; a user is noted if known."""
+    child = spawn(
+        """
+        import os, signal
+        from elastic_timer._command.leftovers import Leftovers
+
+        leftovers = Leftovers({signal.SIGCHLD}, True)
+        pid = os.spawnlp(os.P_NOWAIT, "sh", "sh", "-c", "exit 7")
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+        leftovers.bury({pid})
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        leftovers.note_user(pid)
+        leftovers.bury()
+        leftovers.see_to()
+        """
+    )
+    assert child.readline() == "7"
+    assert child.wait() == 0
+    assert child.stderr_text() == ""
+
+
 @pytest.mark.parametrize("lack", ["raise OSError", "return types.SimpleNamespace()"])
 def test_without_adoption(run_job: Run, mark: str, lack: str) -> None:
     """Where the system can't be asked for orphans none are told of, and all else works."""

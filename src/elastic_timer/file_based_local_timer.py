@@ -41,7 +41,12 @@ from elastic_timer._transport.pipe import (
 )
 from elastic_timer._transport.wire import acquire_line, encode, encode_line, release_line
 from elastic_timer.api import TimerClient, TimerRequest
-from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
+from elastic_timer.debug_info_logging import (
+    collectives,
+    log_debug_info_for_expired_timers,
+    native_stacks,
+    stacks_timeout,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import ParamSpec
@@ -361,6 +366,10 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
             for those in a session that the worker or a descendant leads.
 
             .. versionadded:: 0.2.0
+        dry_run: Report who has overrun a deadline and would have been signalled, and signal
+            nobody, whatever signal the clients name.
+
+            .. versionadded:: 0.2.0
 
     Raises:
         FileExistsError: Something lies at `file_path` that is no FIFO, or that a server reads.
@@ -384,6 +393,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         reap_self: bool = False,
         kill_after: float | None = None,
         kill_tree: bool = False,
+        dry_run: bool = False,
     ) -> None:
         super().__init__(
             lambda: FifoSource(file_path, FileTimerRequest),
@@ -392,6 +402,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
             daemon,
             kill_after,
             kill_tree,
+            dry_run,
         )
         self._file_path = file_path
         self._reap_self = reap_self
@@ -482,6 +493,9 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
                 self._keep_fifo()
         return self._source.drain()
 
+    def _is_ending(self) -> bool:
+        return self._run_once or super()._is_ending()
+
     def _keep_fifo(self) -> None:
         """Make the FIFO anew where it was removed; say so where that can't be done."""
         if self._source.is_in_place():
@@ -534,8 +548,8 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
     def _call_debug_hook(self, expired: dict[int, list[str]]) -> object:
         return log_debug_info_for_expired_timers(self._run_id, expired)
 
-    def _debug_hook_timeout(self) -> float:
-        return stacks_timeout()
+    def _evidence_wanted(self) -> tuple[float, bool, tuple[str, ...]]:
+        return stacks_timeout(), native_stacks(), collectives()
 
 
 def _as_log_event(log_event: Callable[[str, FileTimerRequest | None], None]) -> Listener:

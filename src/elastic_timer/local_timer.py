@@ -24,7 +24,12 @@ from elastic_timer._transport.queue_pipe import (
 )
 from elastic_timer._transport.rubbish import RubbishLog
 from elastic_timer.api import RequestQueue, TimerClient, TimerRequest, TimerServer
-from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
+from elastic_timer.debug_info_logging import (
+    collectives,
+    log_debug_info_for_expired_timers,
+    native_stacks,
+    stacks_timeout,
+)
 
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
@@ -258,6 +263,9 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
             `FileTimerServer`.
 
             .. versionadded:: 0.2.0
+        dry_run: Report who has overrun a deadline and would have been killed, and signal nobody.
+
+            .. versionadded:: 0.2.0
 
     Raises:
         NotImplementedError: With `kill_tree`, where there is no /proc.
@@ -276,6 +284,7 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
         daemon: bool = True,
         *,
         kill_tree: bool = False,
+        dry_run: bool = False,
     ) -> None:
         super().__init__(
             lambda: MultiprocessingRequestQueue(mp_queue),
@@ -283,6 +292,7 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
             max_interval,
             daemon,
             kill_tree=kill_tree,
+            dry_run=dry_run,
         )
         self._request_queue = self._source
 
@@ -340,5 +350,5 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
     def _call_debug_hook(self, expired: dict[int, list[str]]) -> object:
         return log_debug_info_for_expired_timers(self._run_id, expired) if expired else None
 
-    def _debug_hook_timeout(self) -> float:
-        return stacks_timeout()
+    def _evidence_wanted(self) -> tuple[float, bool, tuple[str, ...]]:
+        return stacks_timeout(), native_stacks(), collectives()

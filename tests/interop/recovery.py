@@ -1,7 +1,8 @@
 """A job that recovers from a hang, or does not, for each way of starting torchrun.
 
-`python -m tests.interop.recovery WAY WHERE TIMES` tries one way again and again and tells how often
-the job came to its end; the figures in docs/torchrun.md are from there.
+`python -m tests.interop.recovery WAY WHERE TIMES [--kill-tree]` tries one way again and again and
+tells how often the job came to its end; the figures in docs/torchrun.md are from there. WAY is one
+of `WAYS`, WHERE what jobs/all_reduce.py can hang in.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.interop.conftest import JOBS, MARK, Job, find_free_port, read_lines
-from tests.support import marked_processes
+from tests.support import kill_marked, marked_processes
 
 RANKS = 3
 HANGING_RANK = 1
 PATIENCE = 60.0
 """How long a job may take, in seconds; one that recovers takes some twelve."""
 
-RUN = ["-m", "elastic_timer", "run", "--"]
+RUN = ["-m", "elastic_timer", "run"]
 TORCHRUN = ["-m", "torch.distributed.run", "--max-restarts", "3"]
 LOCAL = ["--local-addr", "127.0.0.1"]
 C10D = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:PORT"]
@@ -56,16 +57,24 @@ WAYS = {**RECOMMENDED, **FAILING}
 
 
 class Training:
-    """A job of three ranks, started in one of the ways, of which one rank hangs once."""
+    """A job of three ranks, started in one of the ways, of which one rank hangs once.
 
-    def __init__(self, way: Way, where: str, folder: Path, port: int) -> None:
+    Args:
+        way: How torchrun is started.
+        where: What hangs.
+        folder: Where the job and its nodes write.
+        port: A free one.
+        options: Those of `run`.
+    """
+
+    def __init__(self, way: Way, where: str, folder: Path, port: int, *options: str) -> None:
         self._record = folder / "record"
         self._record.touch()
         script = [str(JOBS / "all_reduce.py"), str(folder), str(HANGING_RANK), where]
         self.nodes: list[Job] = []
-        for options, ranks in zip(way.nodes, way.ranks, strict=True):
-            options = [option.replace("PORT", str(port)) for option in options]
-            command = [sys.executable, *RUN, sys.executable, *TORCHRUN, *options]
+        for node, ranks in zip(way.nodes, way.ranks, strict=True):
+            torchrun = [*TORCHRUN, *(option.replace("PORT", str(port)) for option in node)]
+            command = [sys.executable, *RUN, *options, "--", sys.executable, *torchrun]
             command += ["--nproc-per-node", str(ranks), *script]
             output = folder / f"output-{len(self.nodes)}"
             self.nodes.append(Job(output, command, way.env or {}))
@@ -110,30 +119,27 @@ class Training:
                 os.kill(line["pid"], signal.SIGKILL)
 
 
-def try_once(way: Way, where: str, folder: Path) -> str:
+def try_once(way: Way, where: str, folder: Path, *options: str) -> str:
     """What became of one job, in a few words."""
     os.environ[MARK] = mark = str(uuid.uuid4())
-    with contextlib.closing(Training(way, where, folder, find_free_port())) as training:
+    with contextlib.closing(Training(way, where, folder, find_free_port(), *options)) as training:
         try:
             codes = training.wait(PATIENCE)
             outcome = f"{training.attempts()} attempts" if not any(codes) else f"exit {codes}"
         except AssertionError as error:
             outcome = str(error).partition("\n")[0] or "it did not finish"
         left = len(marked_processes(f"{MARK}={mark}"))
-    while still := marked_processes(f"{MARK}={mark}"):
-        for pid in still:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    while kill_marked(f"{MARK}={mark}"):
         time.sleep(0.2)
     return f"{outcome}, {left} processes left"
 
 
-def main(way: str, where: str, times: int) -> None:
+def main(way: str, where: str, times: str, *options: str) -> None:
     """Try it so often; tells each job's outcome, and keeps the folders of those that failed."""
     recovered = 0
-    for _ in range(times):
+    for _ in range(int(times)):
         folder = Path(tempfile.mkdtemp(prefix="recovery-"))
-        outcome = try_once(WAYS[way], where, folder)
+        outcome = try_once(WAYS[way], where, folder, *options)
         print(f"{way}, {where}: {outcome}, {folder}", flush=True)
         if " attempts" in outcome:
             recovered += 1
@@ -142,4 +148,4 @@ def main(way: str, where: str, times: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(*sys.argv[1:])

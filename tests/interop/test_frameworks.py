@@ -17,7 +17,7 @@ __all__ = ["run"]
 assert_page_runs = test_page_runs
 del test_page_runs  # Here it is not to be collected with the pages of others.
 
-PAGES = {"dataloader": "torch", "joblib": "joblib", "celery": "celery", "ray": "ray"}
+PAGES = [page for page, blocks in BLOCKS.items() if any(block.needs for block in blocks)]
 
 
 @pytest.fixture
@@ -33,15 +33,15 @@ def _ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_ray")
-@pytest.mark.parametrize("name", PAGES)
-def test_page(name: str, run: Callable[..., str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", PAGES)
+def test_page(page: str, run: Callable[..., str], tmp_path: Path) -> None:
     """Every program of the page is run, and it prints what the page says."""
-    pytest.importorskip(PAGES[name], reason="needs the extra interop")
-    page = f"howto/{name}.md"
-    assert all(block.is_run or not block.needs for block in BLOCKS[page])
+    for block in BLOCKS[page]:
+        if block.needs:
+            pytest.importorskip(block.needs, reason="needs pip install 'elastic-timer[interop]'")
     assert [block for block in BLOCKS[page] if block.needs and block.prints]
     assert_page_runs(run, tmp_path, page)
-    if name == "ray":
+    if page == "howto/ray.md":
         assert_each_node_reaped_its_own(tmp_path / "work")
 
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeVar
+
+from elastic_timer._command.block_table import Measured, measured
 
 if TYPE_CHECKING:
     from elastic_timer._evidence.expiry import Descendant
@@ -20,6 +23,9 @@ if TYPE_CHECKING:
     from elastic_timer._evidence.stacks import Frame, ThreadStack
 
 _PICTURE = "job hangs"
+_BLOCKS = "blocks"
+# How such an event begins behind its time. Of many of one run and host the last is wanted.
+_BLOCKS_EVENT = re.compile(rb'\{"time": [^,]+, "event": "blocks", (.*?), "blocks": ')
 # Whatever else a file is, no more of it is in memory at once.
 _LONGEST_LINE = 64 << 20
 # How an event begins, and how many are looked for behind one that has no end.
@@ -58,11 +64,13 @@ class EventReader:
     Attributes:
         files: Those that were read.
         sightings: The pictures in them.
+        blocks: What the blocks of each host and run took, by the last that was told of it.
     """
 
     def __init__(self) -> None:
         self.files: list[File] = []
         self.sightings: list[Sighting] = []
+        self.blocks: dict[tuple[str, str], Measured] = {}
         # The ranks of a job are mostly at few places: their stacks are kept once.
         self._known: dict[tuple[tuple[str, int, str], ...], list[Frame]] = {}
 
@@ -70,6 +78,7 @@ class EventReader:
         """Read a file; where that fails it is noted in `files`."""
         file = File(path)
         self.files.append(file)
+        last: dict[bytes, bytes] = {}
         try:
             with open(path, "rb") as stream:
                 for line in _lines(stream):
@@ -77,8 +86,12 @@ class EventReader:
                         file.broken += not self._take(line)
                     elif not line.endswith(b"\n"):
                         file.broken += 1
+                    elif match := _BLOCKS_EVENT.match(line):
+                        last[match[1]] = line
         except OSError as error:
             file.error = error.strerror or str(error)
+        for line in last.values():
+            file.broken += not self._take(line)
 
     def _take(self, line: bytes) -> bool:
         """Keep what a line tells, if that is wanted; whether all of it was an event."""
@@ -96,11 +109,14 @@ class EventReader:
 
     def _keep(self, event: Any) -> None:
         if _a(dict, event)["event"] == _PICTURE:
-            time = float(event["time"])
-            if not math.isfinite(time):
-                raise ValueError("a time has to be a number")
+            time = _seconds(event["time"])
             picture = self._picture(event["picture"])
             self.sightings.append(Sighting(time, _a(str, event["host"]), picture))
+        elif event["event"] == _BLOCKS:
+            found = measured(event)
+            key = found["host"], found["run_id"]
+            if key not in self.blocks or found["time"] >= self.blocks[key]["time"]:
+                self.blocks[key] = found
 
     def _picture(self, given: Any) -> Picture:
         job = given["job"]
@@ -124,7 +140,7 @@ class EventReader:
                 sys.intern(scope): _a(int, count)
                 for scope, count in _a(dict, given["passes"]).items()
             },
-            "seconds": None if given["seconds"] is None else float(given["seconds"]),
+            "seconds": None if given["seconds"] is None else _seconds(given["seconds"]),
             "expired": bool(given["expired"]),
             "state": _optional(str, given["state"]),
             "stacks": self._stacks(given["stacks"]),
@@ -177,9 +193,16 @@ def _lines(stream: BinaryIO) -> Iterator[bytes]:
 
 def _a(kind: type[_T], value: Any) -> _T:
     """The value, which has to be of a kind."""
-    if not isinstance(value, kind):
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise TypeError(f"not a {kind.__name__}: {value!r:.40}")
     return value
+
+
+def _seconds(value: Any) -> float:
+    seconds = float(value)
+    if not math.isfinite(seconds):
+        raise ValueError(f"not a time: {seconds}")
+    return seconds
 
 
 def _optional(kind: type[_T], value: Any) -> _T | None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Collection, Iterator, Sequence
 from typing import TextIO
 
+from elastic_timer._command.block_table import block_table
 from elastic_timer._command.event_reader import EventReader, File
 from elastic_timer._command.hangs import Hang, hangs_of
 from elastic_timer._evidence.picture import (
@@ -58,10 +59,12 @@ def report(
         with open(folded, "w", encoding="utf-8", errors="backslashreplace") as file:
             _write_folded(file, hangs, collectives)
     if as_json:
-        _write_json(sys.stdout, reader.files, hangs, answers, collectives)
+        _write_json(sys.stdout, reader, hangs, answers, collectives)
     else:
         _print_hangs(hangs, answers, len(reader.files))
-        # What follows tells of all blocks, whether there was a hang or not.
+        if reader.blocks:
+            print("\nwhat the blocks took")
+            print(block_table(reader.blocks.values()))
     return UNREADABLE if any(file.error for file in reader.files) else 0
 
 
@@ -83,7 +86,7 @@ def _print_hangs(hangs: Sequence[Hang], answers: Sequence[Answer], files: int) -
     for number, (hang, answer) in enumerate(zip(hangs, answers, strict=True), 1):
         which = f"hang {number} of {len(hangs)}: " if len(hangs) > 1 else ""
         print(f"{which}{_title(hang)}")
-        text = describe(answer, missing="no file tells of them", details=_MOST_DETAILS)
+        text = describe(answer, missing="no file tells of", details=_MOST_DETAILS)
         print(f"elastic-timer: {text}")
         if number < len(hangs):
             print()
@@ -105,7 +108,7 @@ def _title(hang: Hang) -> str:
 
 def _write_json(
     file: TextIO,
-    files: Sequence[File],
+    reader: EventReader,
     hangs: Sequence[Hang],
     answers: Sequence[Answer],
     collectives: Collection[str],
@@ -114,7 +117,10 @@ def _write_json(
 
     In pieces: of a thousand hosts it is more than should be in memory at once.
     """
-    file.write(f'{{"version": 1, "files": {json.dumps([*map(dataclasses.asdict, files)])}, ')
+    files = json.dumps([*map(dataclasses.asdict, reader.files)])
+    file.write(
+        f'{{"version": 1, "files": {files}, "blocks": {json.dumps([*reader.blocks.values()])}, '
+    )
     file.write('"hangs": [')
     for number, (hang, answer) in enumerate(zip(hangs, answers, strict=True)):
         head = json.dumps({"time": hang.time, "last_time": hang.last, **answer})
@@ -148,9 +154,9 @@ def _folded(seen: Seen) -> Iterator[str]:
         yield "no stacks"
         return
     yield from map(describe_frame, seen.place.frames)
-    for child in [] if seen.waits else seen.member["descendants"]:
-        place = place_of(child["stacks"] or []) if is_at_work(child["stacks"]) else None
-        if place is not None:
-            yield "its child process"
-            yield from map(describe_frame, place.frames)
-            return
+    children = [] if seen.waits else seen.member["descendants"]
+    at_work = (child["stacks"] or [] for child in children if is_at_work(child["stacks"]))
+    place = place_of(next(at_work, []))
+    if place is not None:
+        yield "its child process"
+        yield from map(describe_frame, place.frames)

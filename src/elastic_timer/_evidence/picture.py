@@ -35,7 +35,9 @@ _STOPPED = {
 
 # What is told of a job with thousands of ranks is to be on one screen.
 _MOST_GROUPS = 12
-_MOST_SPANS = 8
+_MOST_SUSPECTED = 8  # of these groups
+_WIDEST_RANKS = 40
+_WIDEST_MISSING = 400
 _MOST_NAMED = 3
 _WIDEST = 80
 _MOST_LINES = 60  # on each suspect
@@ -213,7 +215,7 @@ def describe(answer: Answer, *, missing: str | None = None, details: int = _MOST
 
     Args:
         answer: What `who_hangs` has found.
-        missing: What to say of ranks that no picture has; `None` for nothing.
+        missing: What to say before the ranks that no picture has; `None` for nothing.
         details: How many lines there may be on what each of the suspects was doing.
     """
     groups = answer["groups"]
@@ -222,17 +224,18 @@ def describe(answer: Answer, *, missing: str | None = None, details: int = _MOST
         f"{_count(len(groups), 'group')} of stacks",
         _conclusion(answer),
     ]
-    rows = [(_ranks(group["ranks"]), *_doing(group)) for group in groups[:_MOST_GROUPS]]
-    if missing and answer["missing"]:
-        rows.append((_ranks(answer["missing"]), missing, ""))
+    suspected = [group for group in groups if group["suspected"]][:_MOST_SUSPECTED]
+    shown = [*suspected, *(group for group in groups if not group["suspected"])][:_MOST_GROUPS]
+    rows = [(_ranks(group["ranks"]), *_doing(group)) for group in shown]
     wide, wider = (max(len(row[column]) for row in rows) for column in (0, 1))
     wider = min(wider, _WIDEST)
     lines += [f"  {ranks:{wide}}  {what:{wider}}   {where}".rstrip() for ranks, what, where in rows]
-    if others := groups[_MOST_GROUPS:]:
-        ranks = sum(len(group["ranks"]) for group in others)
-        lines.append(f"  and {_count(len(others), 'group')} more, of {_count(ranks, 'rank')}")
+    if more := len(groups) - len(shown):
+        lines.append(f"  and {_count(more, 'group')} more")
+    if missing and answer["missing"]:
+        lines.append(f"  {missing} {_ranks(answer['missing'], _WIDEST_MISSING)}")
     # One of each group: the others do the same.
-    first = {group["ranks"][0] for group in groups if group["suspected"]}
+    first = {group["ranks"][0] for group in suspected}
     detailed = [member for member in answer["suspects"] if member["rank"] in first]
     for member in detailed[:_MOST_NAMED]:
         lines += _details(member, details)
@@ -282,12 +285,12 @@ def _fewer(seen: Sequence[Seen], found: Collection[int]) -> bool:
 
 
 def _behind(seen: Sequence[Seen]) -> _Verdict:
-    """Those who have not reached the pass of the others, or are not in their block at all."""
+    """Those who have not reached the pass of the others, or are in no block at all."""
     scopes = [short_scope(one.member["scope"] or "") for one in seen]
     blocks = Counter(scope for scope in scopes if scope)
     if not blocks:
         return _NOBODY
-    block = max(blocks, key=lambda name: (blocks[name], name))
+    [(block, _)] = blocks.most_common(1)
     passes = [one.pass_of(block) for one in seen]
     inside = Counter(passes[index] for index, scope in enumerate(scopes) if scope == block)
     usual = max(inside, key=lambda count: (inside[count], count))
@@ -303,7 +306,7 @@ def _behind(seen: Sequence[Seen]) -> _Verdict:
     if any(one.place for one in seen) and not any(one.waits for one in seen):
         return _NOBODY
     outside = frozenset(
-        index for index, one in enumerate(seen) if scopes[index] != block and not one.waits
+        index for index, one in enumerate(seen) if not scopes[index] and not one.waits
     )
     if _fewer(seen, outside):
         return outside, f"not in {block}, where the others are"
@@ -500,15 +503,18 @@ def _at_work(member: Member) -> list[list[Descendant]]:
     return list(found.values())
 
 
-def _ranks(ranks: Collection[int]) -> str:
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {_listed(ranks)}"
+def _ranks(ranks: Collection[int], widest: int = _WIDEST_RANKS) -> str:
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {_listed(ranks, widest)}"
 
 
-def _listed(numbers: Iterable[int]) -> str:
-    """Numbers folded; those that no line has room for only counted."""
+def _listed(numbers: Iterable[int], widest: int = _WIDEST_RANKS) -> str:
+    """Numbers folded; those that the line has no room for are counted."""
     spans = _spans(numbers)
-    more = f" and {len(spans) - _MOST_SPANS} more" if len(spans) > _MOST_SPANS else ""
-    return ",".join(spans[:_MOST_SPANS]) + more
+    text = ",".join(spans)
+    if len(text) > widest:
+        text = text[:widest].rpartition(",")[0]
+        text += f" and {len(spans) - text.count(',') - 1} more"
+    return text
 
 
 def _spans(numbers: Iterable[int]) -> list[str]:

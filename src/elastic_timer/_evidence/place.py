@@ -33,13 +33,17 @@ _INTERNAL = re.compile(
     r"^<frozen |/lib(64)?/python3\.\d+t?/(?!(site|dist)-packages/)"
     r"|(^|/)(site|dist)-packages/torch/"
     r"|(^|/)torch/(_\w+\.py|(_\w+|autograd|cuda|distributed|nn/\w+|optim|utils/\w+)/)"
-    r"|(^|/)elastic_timer/(_\w+/\w+|\w+)\.py$"
+    r"|(^|/)elastic_timer/(?!_command/demo)(_\w+/\w+|\w+)\.py$"
 )
 _INSTALLED = re.compile(r"(^|/)(site|dist)-packages/")
 
+# Functions that nobody calls by their names.
+_HIDDEN = re.compile(r"<locals>|(^|\.)_\w+$")
 _NATIVE_COLLECTIVE = re.compile(r"\bc10d::|\bgloo::")
 _ENGINE = re.compile(r"(^|/)torch/autograd/(graph|__init__)\.py$")
-_WAITS_FOR_THREAD = re.compile(r"/(threading\.py:join|threading\.py:_shutdown|_base\.py:result)$")
+_WAITS_FOR_THREAD = re.compile(
+    r"/(threading\.py:(join|_shutdown)|concurrent/futures/_base\.py:result)$"
+)
 # Outside of it a forked process has the frames of the one that forked it.
 _PROCESS = re.compile(r"/multiprocessing/process\.py$")
 _FILE_AND_FUNCTION = re.compile(r"(.+\.\w+):([^:]+)")
@@ -157,7 +161,7 @@ class _Stack:
     def waits_for_thread(self) -> bool:
         """Whether what the process does is done by another of its threads."""
         return not self.has_own or any(
-            _WAITS_FOR_THREAD.search(f"/{os.path.basename(frame['file'])}:{_name(frame)}")
+            _WAITS_FOR_THREAD.search(f"{frame['file']}:{_last_name(frame)}")
             for frame in self.inside
         )
 
@@ -167,7 +171,7 @@ class _Stack:
         found = None
         for frame in self.frames:
             kind = _kind(frame["file"])
-            if kind == "collective" and (found is None or not _name(frame).startswith("_")):
+            if kind == "collective" and (found is None or not _HIDDEN.search(frame["function"])):
                 found = frame
             elif kind not in ("collective", "internal"):
                 break
@@ -243,6 +247,11 @@ def _is_named(frame: Frame, names: Collection[str]) -> bool:
 def _name(frame: Frame) -> str:
     """A function's name without the functions around its definition."""
     return frame["function"].rpartition("<locals>.")[2]
+
+
+def _last_name(frame: Frame) -> str:
+    """A function's name without its class: before Python 3.11 there is no other."""
+    return frame["function"].rpartition(".")[2]
 
 
 def _where(frame: Frame) -> str:

@@ -91,14 +91,18 @@ class Callbacks:
         self._idle = threading.Event()
         self._idle.set()
 
-    def submit(self, callback: Callable[[], object]) -> None:
-        """Have a callback run, without waiting for it."""
+    def submit(self, callback: Callable[[], object]) -> bool:
+        """Have a callback run, without waiting for it.
+
+        Returns:
+            Whether there is a thread for it. Where none can be had, it is kept until one can.
+        """
         with self._lock:
             if len(self._pending) < _MOST_KEPT:
                 self._pending.append(callback)
             self._idle.clear()
             if self._has_thread:
-                return
+                return True
             self._has_thread = True
         thread = threading.Thread(target=self._run_pending, name="elastic-timer callbacks")
         thread.daemon = True
@@ -106,18 +110,8 @@ class Callbacks:
             thread.start()
         except RuntimeError:  # No thread can be started. To run it here could block for good.
             self._has_thread = False
-
-    def run(self, callback: Callable[[], object], patience: float) -> None:
-        """Run a callback and wait for it, unless one before it is still running.
-
-        Args:
-            callback: What to call.
-            patience: How many seconds to wait at most.
-        """
-        is_next = self._idle.is_set()
-        self.submit(callback)
-        if is_next and self._has_thread and not self._idle.wait(patience):
-            logger.warning("No return in time, so the watchdog goes on without: %r", callback)
+            return False
+        return True
 
     def flush(self, patience: float) -> bool:
         """Wait until all have run, for `patience` seconds at most; returns whether they have."""

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Callable
 
 # Imported together with the first server, so that the first reap does not wait for an import.
-import elastic_timer._evidence.expiry  # noqa: F401
+import elastic_timer._evidence.collector  # noqa: F401
 from elastic_timer._server import callbacks
 
 logger = callbacks.contained_logger(__name__)
@@ -147,6 +147,10 @@ class Loop:
     def is_stopping(self) -> bool:
         """Whether the thread was told to end."""
         return (self._served or self._run).stop_requested.is_set
+
+    def is_serving(self) -> bool:
+        """Whether rounds follow one another on the thread; else somebody runs a single one."""
+        return self._served is not None
 
     def wake_from_outside(self) -> None:
         """Have the thread look at its timers again; does nothing if the caller is that thread."""

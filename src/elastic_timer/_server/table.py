@@ -27,8 +27,9 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
     """
 
     def __init__(self) -> None:
-        # For each worker and scope: the timer's serial number, its deadline and its request.
-        self._timers: dict[_Worker, dict[str, tuple[int, float, _Request]]] = {}
+        # For each worker and scope: the timer's serial number, its deadline, its request, and since
+        # when it is held.
+        self._timers: dict[_Worker, dict[str, tuple[int, float, _Request, float]]] = {}
         self._size = 0
         self._serial = 0
         # Deadline, serial, worker, scope. The serial decides between equal deadlines, so that
@@ -55,17 +56,20 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
     def __repr__(self) -> str:
         return f"{type(self).__name__}({dict(self)!r})"
 
-    def acquire(self, worker: _Worker, scope: str, request: _Request, deadline: float) -> bool:
+    def acquire(
+        self, worker: _Worker, scope: str, request: _Request, deadline: float, now: float = 0.0
+    ) -> bool:
         """Hold a timer, in the place of the one that the worker may hold for the scope already.
 
         Returns:
             Whether there was none.
         """
         scopes = self._timers.setdefault(worker, {})
-        is_new = scope not in scopes
+        held = scopes.get(scope)
+        is_new = held is None
         self._size += is_new
         self._serial += 1
-        scopes[scope] = self._serial, deadline, request
+        scopes[scope] = self._serial, deadline, request, now if held is None else held[3]
         heapq.heappush(self._heap, (deadline, self._serial, worker, scope))
         self._prune()
         return is_new
@@ -101,6 +105,18 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
         """When the worker's timer for a scope is due; None if it holds none."""
         timer = self._timers.get(worker, {}).get(scope)
         return None if timer is None else timer[1]
+
+    def most_urgent(self, worker: _Worker) -> tuple[str, float, float] | None:
+        """Of a worker's timer that is due first its scope, its deadline, and since when it is held.
+
+        None where it has none.
+        """
+        timers = list(self._timers.get(worker, {}).items())
+        due = [(deadline, scope, since) for scope, (_, deadline, _, since) in timers]
+        if not due:
+            return None
+        deadline, scope, since = min(due)
+        return scope, deadline, since
 
     def expired(self, now: float) -> dict[_Worker, list[_Request]]:
         """The requests due at `now` or before, by worker, each worker's earliest first.

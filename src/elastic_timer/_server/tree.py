@@ -284,6 +284,7 @@ class _Worker:
         worker: The worker's process.
 
     Raises:
+        OSError: No descriptor is left to look at it with.
         ProcessLookupError: It has ended.
     """
 
@@ -291,10 +292,12 @@ class _Worker:
         # Its own: the server lets go of a worker that has ended, and this is needed then.
         self._process = ProcessHandle(worker.pid)
         known, user = look_at(worker.pid), user_of(worker.pid)
-        if known is None or user is None or worker.has_exited():
-            # The number may be somebody else's by now, and what was read of him.
+        # Asked last: its number may be somebody else's by now, and what was read of him.
+        has_exited = worker.has_exited()
+        if known is None or user is None or has_exited:
             self._process.close()
-            raise ProcessLookupError(errno.ESRCH, os.strerror(errno.ESRCH))
+            number = errno.ESRCH if has_exited else errno.EMFILE
+            raise OSError(number, os.strerror(number))
         self.pid = worker.pid
         self._known = known
         self._is_stopped = False
@@ -314,7 +317,11 @@ class _Worker:
                 self._stop()
             if stop:
                 _wait_until_stopped([*self.tree.pids(), *([self.pid] if self._is_stopped else [])])
-            is_new = self.tree.find(table, [self.pid] if _is(self._known) else [], stop)
+            try:
+                is_new = self.tree.find(table, [self.pid] if _is(self._known) else [], stop)
+            except OSError as error:
+                _tell_of_no_search(self.pid, error)
+                return
             looks += 1
             if not stop or not is_new:
                 return
@@ -348,6 +355,10 @@ class _Worker:
     def _send(self, signal: int) -> None:
         with contextlib.suppress(OSError):
             self._process.send(signal)
+
+
+def _tell_of_no_search(worker: int, error: OSError) -> None:
+    logger.error("What worker %s has started can't be looked for: %s", worker, error)
 
 
 def _stops_with(known: Known) -> bool:
@@ -385,6 +396,9 @@ class Trees:
             try:
                 self._workers[worker.pid] = _Worker(worker)
             except ProcessLookupError:
+                return
+            except OSError as error:
+                _tell_of_no_search(worker.pid, error)
                 return
         self._workers[worker.pid].find(self._processes(), stop)
 

@@ -4,7 +4,8 @@ Usage, below torchrun: all_reduce.py FOLDER HANGING_RANK WHERE
 
 WHERE is what hangs in the third step: "outside" of the collective, which all others wait in then,
 "inside" of another one, that nobody joins, the process of the data loader, with a deadline around
-the rank's step ("loader") or around its own work ("item"), or nothing ("nowhere").
+the rank's step ("loader") or around its own work ("item"). Or a rank hangs behind the last
+collective ("end"), when the others have finished.
 
 Every process appends one JSON object a line to FOLDER/record: what it came to, and who it is.
 """
@@ -82,6 +83,9 @@ def main() -> None:
             if hang(step, "inside"):
                 distributed.barrier(alone)
             distributed.all_reduce(summand)
+    with elastic_timer.expires(after=3, scope="end"):
+        if hang(HANGING_STEP, "end"):
+            time.sleep(600)
     note("finished", sum=summand.item(), world=distributed.get_world_size())
     distributed.destroy_process_group()
 
