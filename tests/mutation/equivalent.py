@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 _SERIALS = "they only have to grow"
+_IS_THERE = "a longer slice is empty if and only if the shorter one is"
 _ONCE = "it is there once: within a scope its quotes are escaped"
 _PRUNING = "the heap is only rebuilt a little earlier or later; its bound holds"
 
@@ -35,6 +36,12 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if start <= 0:  ->  if start < 0:": (
             "at 0 the same text is read again, and refused for the same reason"
         ),
+    },
+    "_command.torchrun": {
+        "if command[:1] == ['-m'] and command[1:2] and (command[1] in _MODULES):  ->  "
+        "if command[:1] == ['-m'] and command[1:3] and (command[1] in _MODULES):": _IS_THERE,
+        "is_script = command[:1] and basename(command[0]) == 'torchrun'  ->  "
+        "is_script = command[:2] and basename(command[0]) == 'torchrun'": _IS_THERE,
     },
     "_server.process": {
         "values = (environment.get(name, '') for name in names)  ->  "
