@@ -88,6 +88,7 @@ def test_tree_lives_without_the_option(link: Link, job: Callable[..., Child], ma
     assert marked_processes(mark).keys() == found - {worker.pid}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("next_step", ["continue", "break"])
 def test_tree_that_grows_all_the_time(
     link: Link, job: Callable[..., Child], mark: str, next_step: str
