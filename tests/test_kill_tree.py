@@ -267,7 +267,7 @@ def test_soft_signal_that_is_ignored(file_link: Link, job: Callable[..., Child],
         put_soft(file_link, worker.pid)
         assert worker.readline() == "worker had 15"
         told = time.monotonic()
-        assert [process_state(pid) for pid in found] == ["S", "S"]
+        assert states(found) <= {"R", "S"}
         assert worker.wait() == -signal.SIGKILL
         assert time.monotonic() - told > 0.4
         eventually(lambda: not marked_processes(mark), timeout=5)
@@ -357,7 +357,7 @@ def test_hook_that_only_tells_leaves_nobody_stopped(
     with running(Telling(file_link.path, "run", kill_tree=True)) as server:
         file_link.put(worker.pid, "block", time.time() + 0.1)
         eventually(lambda: seen)
-        eventually(lambda: states(found[:2]) == {"S"})
+        eventually(lambda: states(found[:2]) <= {"R", "S"})
         assert process_state(found[2]) == "T"
         assert server._signalled
         worker.process.kill()
@@ -382,7 +382,7 @@ def test_hook_that_fails_leaves_nobody_stopped(
     with running(Reluctant(file_link.path, "run", kill_tree=True)):
         file_link.put(worker.pid, "block", time.time() + 0.1)
         eventually(lambda: tries)
-        eventually(lambda: states(found) == {"S"})
+        eventually(lambda: states(found) <= {"R", "S"})
         assert worker.wait() == -signal.SIGKILL
         eventually(lambda: not marked_processes(mark), timeout=5)
 
