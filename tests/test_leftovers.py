@@ -96,6 +96,7 @@ def test_what_ends_by_itself_is_not_named(run_job: Run, mark: str) -> None:
         if not os.fork():
             os.close(writer)
             os.read(reader, 1)
+            time.sleep(0.2)
             os._exit(0)
         """
     )
