@@ -169,8 +169,12 @@ def test_release_meanwhile_is_honoured(link: Link, fork_worker: Fork) -> None:
         assert_reaped_in_time(other, other.receive())
         assert is_alive(worker)
         eventually(lambda: any(isinstance(record, WorkerSignalled) for record in records))
-    signalled = [record.pid for record in records if isinstance(record, WorkerSignalled)]
-    assert signalled == [other.pid]
+        signalled = [record.pid for record in records if isinstance(record, WorkerSignalled)]
+        assert signalled == [other.pid]
+        # When it overruns again, all of it is done again.
+        link.put(worker.pid, "block", time.time())
+        assert worker.wait() == -signal.SIGKILL
+    assert called == [worker.pid, 0, other.pid, worker.pid]
 
 
 def test_one_that_only_reports_has_none(file_link: Link, fork_worker: Fork) -> None:

@@ -363,22 +363,21 @@ def _members(standing: Standing, request: _Request) -> dict[int, Standing]:
             by_rank.setdefault(each.rank, each)
     job = standing.job
     if job is not None and len(by_rank) != job.world_size:
-        for stranger in _strangers(standing, job, by_rank.keys()):
+        # Of a rank the first one found is the one that has started the others.
+        for stranger in _strangers(standing, job, set(by_rank)):
             by_rank.setdefault(stranger.rank, stranger)
     return {each.pid: each for _, each in sorted(by_rank.items(), key=lambda item: item[0] or 0)}
 
 
 def _strangers(standing: Standing, job: Job, known: Collection[int | None]) -> list[Standing]:
     """Processes of a job's other ranks on this host, which the server has never heard of."""
-    found: dict[int, Standing] = {}
+    found: list[Standing] = []
     for pid in processes_beside(standing.pid, _clock.monotonic() + _SEARCH):
         environment = environment_of(pid)
         rank, local_rank = ranks(environment)
         if rank is not None and rank not in known and job_of(environment) == job:
-            found[pid] = Standing(pid, rank, local_rank, job)
-    # Of a rank the one that has started the others.
-    ranks_of = {pid: each.rank for pid, each in found.items()}
-    return [each for pid, each in found.items() if ranks_of.get(parent_of(pid)) != each.rank]
+            found.append(Standing(pid, rank, local_rank, job))
+    return found
 
 
 def _picture(case: _Case, job: Job) -> Picture:
