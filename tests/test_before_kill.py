@@ -73,6 +73,15 @@ def test_it_has_the_worker_and_the_evidence(run: Run, tmp_path: Path) -> None:
     assert child.stderr_text().count("printed\n") == 2
 
 
+def test_native_stacks(run: Run, tmp_path: Path) -> None:
+    """With --native the evidence has C frames."""
+    path = tmp_path / "evidence"
+    child = run("--native", "--before-kill", f"cat > {shlex.quote(str(path))}", *workers("0.2"))
+    assert child.wait() == 0
+    frames = json.loads(path.read_text())["stacks"][0]["frames"]
+    assert any("nanosleep" in frame["function"] for frame in frames)
+
+
 def test_one_that_hangs_is_killed_with_its_children(run: Run, tmp_path: Path) -> None:
     """At the end of its time, and with it what it has started; then the worker is killed."""
     pids = tmp_path / "pids"

@@ -588,6 +588,27 @@ def test_an_error_of_the_collector_costs_the_evidence_alone(
     assert [record.timer_pid for record in logged(caplog)] == [other.pid]
 
 
+def test_a_picture_that_failed_serves_nobody(
+    fifo_path: str,
+    spawn: Spawn,
+    monkeypatch: pytest.MonkeyPatch,
+    records: list[Event],
+) -> None:
+    """The next one to expire has a picture of its own, and does not wait for what never comes."""
+    job = Ranks(spawn, ["wait", "wait"])
+    with running(FileTimerServer(fifo_path, "run", 60)) as server:
+        server.subscribe(records.append)
+        link = Link("file", fifo_path)
+        link.put(job.pids[1], "train.py#42", time.time() + 1)
+        with monkeypatch.context() as patched:
+            patched.setattr(collector, "_answer", lambda case, picture: 1 / 0)
+            link.put(job.pids[0], "train.py#42", time.time())
+            wait_dead(job.pids[0])
+        wait_dead(job.pids[1])
+        (picture,) = eventually(lambda: pictures(records))
+    assert sorted(members(picture)) == [1]
+
+
 def test_an_error_before_the_collector_costs_the_evidence_alone(
     fifo_path: str,
     spawn: Spawn,
