@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 
-from elastic_timer import FileTimerClient, FileTimerRequest, TimerClient, expires
+from elastic_timer import (
+    FileTimerClient,
+    FileTimerRequest,
+    TimerClient,
+    expires,
+    file_based_local_timer,
+)
 from elastic_timer._server import server as server_module
 from elastic_timer._server.events import (
     BlocksMeasured,
@@ -130,6 +136,63 @@ def test_a_server_that_is_busy_measures_all_the_same(
         longest = mine["longest"] if isinstance(mine, dict) else mine
         # Half of what it was late by: far more than the machine is busy, far less than unseen.
         assert longest == pytest.approx(own, abs=0.25)
+
+
+def overrun_for_good(channel: Any, client: TimerClient) -> None:
+    """A worker that enters one block after the other, and leaves each too late."""
+    while not channel.poll():
+        with expires(after=0.02, scope="short", client=client):
+            time.sleep(0.1)
+
+
+def test_a_server_that_waits_for_evidence_measures_all_the_same(
+    file_link: Link, fork_worker: Fork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads nothing while it has stacks taken of others, over and over."""
+
+    def slow(run_id: str, expired: object) -> None:
+        time.sleep(0.3 if expired else 0)
+
+    monkeypatch.setattr(file_based_local_timer, "log_debug_info_for_expired_timers", slow)
+    server = file_link.server(dry_run=True)
+    measured = measured_by(server)
+    with running(server):
+        other = fork_worker(overrun_for_good, file_link.client)
+        eventually(lambda: server._timers.holds(other.pid))
+        worker = fork_worker(take_time_and_stay, file_link.client)
+        took = worker.receive()
+        other.send("end")
+        assert other.wait() == 0
+        wait_until_gone(server, other.pid)
+        worker.send("end")
+        assert worker.wait() == 0
+        wait_until_gone(server, worker.pid)
+    blocks = measured()
+    found = [blocks[str(seconds)][part] for seconds in PAUSES for part in ("first", "longest")]
+    for mine, own in list(zip(found, took, strict=True))[:-1]:
+        longest = mine["longest"] if isinstance(mine, dict) else mine
+        assert longest == pytest.approx(own, abs=0.1)
+
+
+def enter_again(channel: Any, client: TimerClient, pauses: list[float]) -> None:
+    """A worker that asks for less time when it enters its block for the second time."""
+    for after in (60, 59.7):
+        with expires(after=after, scope="b", client=client):
+            time.sleep(pauses[0])
+        time.sleep(pauses[1])
+    channel.send("done")
+
+
+def test_less_time_than_before(file_link: Link, fork_worker: Fork) -> None:
+    """It is not taken for the same, read late, where the server had nothing to do meanwhile."""
+    server = file_link.server()
+    measured = measured_by(server)
+    with running(server):
+        worker = fork_worker(enter_again, file_link.client, [0.05, 0.4])
+        worker.receive()
+        assert worker.wait() == 0
+        wait_until_gone(server, worker.pid)
+    assert measured()["b"]["longest"] < 0.05 + 0.15
 
 
 def test_slowest_rank_is_named(spawn: Callable[..., Child], file_link: Link) -> None:
