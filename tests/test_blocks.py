@@ -286,5 +286,5 @@ def test_memory_is_bounded() -> None:
     assert len(records) == 1000
     assert measured.blocks.unmeasured == 15_000 - 900
     assert sum(record["expired"] for record in records) == 15_000  # type: ignore[misc]
-    # All 900 histograms have 40 buckets by now; what came behind them has added nothing.
-    assert after - before < 900 * 40 * 150
+    # All 900 histograms have 40 buckets by now, some 0.9 MB; what came behind has added nothing.
+    assert after - before < 2_000_000
