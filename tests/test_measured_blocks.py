@@ -291,6 +291,22 @@ def test_told_again_and_again(
     assert dict(last.blocks[0])["first"]["left"] == 1  # type: ignore[index]
 
 
+def test_nothing_is_told_close_to_a_deadline(
+    file_link: Link, fork_worker: Fork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To tell takes its time, and the worker that is due is not to wait for that."""
+    monkeypatch.setattr(server_module, "_BLOCKS_INTERVAL", 0.3)
+    monkeypatch.setattr(server_module, "_BLOCKS_TAKE", 1.0)
+    told: list[Event] = []
+    server = file_link.server()
+    server.subscribe(told.append, BlocksMeasured, WorkerSpared, WorkerSignalled)
+    with running(server):
+        worker = fork_worker(wait_to_be_killed)
+        file_link.put(worker.pid, "b", time.time() + 0.9)
+        eventually(lambda: len(told) == 2)
+    assert [type(event) for event in told[:2]] == [WorkerSignalled, BlocksMeasured]
+
+
 # --- dry runs
 
 

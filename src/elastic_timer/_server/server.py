@@ -80,6 +80,9 @@ _RARE_EVENTS = (
 
 # How often listeners are told what blocks take, in seconds.
 _BLOCKS_INTERVAL = 600.0
+# To put together what is told of a thousand blocks takes some hundredths of a second: not when a
+# deadline is closer than this.
+_BLOCKS_TAKE = 0.2
 
 # A process that is still there so long after SIGKILL hangs in the kernel, where nobody can help.
 _UNKILLABLE_AFTER = 5.0
@@ -341,8 +344,12 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._follow_up()
         self._is_unfinished = False
         if self._blocks_due <= self._looked_at:
-            self._blocks_due = self._looked_at + _BLOCKS_INTERVAL
-            self._publish_blocks()
+            deadline = self._workers.next_deadline()
+            if deadline is not None and deadline - self._looked_at < _BLOCKS_TAKE:
+                self._blocks_due = deadline + _BLOCKS_TAKE
+            else:
+                self._blocks_due = self._looked_at + _BLOCKS_INTERVAL
+                self._publish_blocks()
 
     def _reap_all(self, expired: dict[int, list[_R]], now: float) -> None:
         """Report the workers whose timers have expired at `now` (epoch), and reap them."""
