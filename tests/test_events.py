@@ -114,6 +114,25 @@ def test_every_event_of_a_run(run: Callable[..., Child], tmp_path: Path) -> None
 
 
 TIMER = FileTimerRequest(4711, "train.py#42", 1795150503.21, 9)
+PICTURE = {
+    "job": {"run_id": "nightly", "world_size": 8, "restart_count": 0},
+    "members": [
+        {
+            "host": "node-a",
+            "pid": 4711,
+            "rank": 3,
+            "local_rank": 1,
+            "scope": "train.py#42",
+            "passes": {"train.py#42": 1200},
+            "seconds": 60.1,
+            "expired": True,
+            "state": "S",
+            "stacks": [],
+            "stacks_missing": None,
+            "descendants": [],
+        }
+    ],
+}
 DURATIONS: dict[str, object] = {
     "left": 1,
     "longest": 0.5,
@@ -133,6 +152,7 @@ ALL_KINDS: list[kinds.Event] = [
     kinds.WorkerSignalled(1.5, 4711, 3, 1, TIMER, 15, 0.02, ["train.py#42"]),
     kinds.WorkerSpared(1.5, 4711, 3, 1, TIMER, 15, 0.02, ["train.py#42"]),
     kinds.WorkerExited(1.5, 4711, 3, 1, ["train.py#42"]),
+    kinds.JobHangs(1.5, PICTURE),
     kinds.BlocksMeasured(1.5, [BLOCK], 1),
 ]
 

@@ -15,7 +15,7 @@ from tests.picture_support import NOW, WAITS, member, picture
 
 
 def sighting(
-    host: int,
+    number: int,
     time: float = 0.0,
     seconds: float = 60.0,
     job: dict[str, Any] | None = None,
@@ -24,9 +24,11 @@ def sighting(
     """A picture of the four ranks of a host."""
     ranks = [
         member(rank, *WAITS, **{"seconds": seconds, **changes})
-        for rank in range(4 * host, 4 * host + 4)
+        for rank in range(4 * number, 4 * number + 4)
     ]
-    return Sighting(NOW + time, f"node-{host}", picture(ranks, **{"world_size": 16, **(job or {})}))
+    return Sighting(
+        NOW + time, ranks[0]["host"], picture(ranks, **{"world_size": 16, **(job or {})})
+    )
 
 
 def hosts_of(hangs: list[Hang]) -> list[list[str]]:
@@ -44,6 +46,8 @@ def test_clocks_that_differ() -> None:
 def test_later_hang() -> None:
     """Blocks that began after the others were seen are of another one."""
     assert hosts_of(hangs_of([sighting(0), sighting(1, 70, 60)])) == [["node-0"], ["node-1"]]
+    # Give or take what clocks differ by.
+    assert len(hangs_of([sighting(0), sighting(1, 64, 60)])) == 1
     # Of a worker whose time is not over, and of one in no block, it does not count for how long.
     later = sighting(1, 70, 60)
     first, second, *_ = later.picture["members"]
@@ -70,9 +74,13 @@ def test_several_jobs() -> None:
     ]
     hangs = hangs_of([sighting(host, job=job) for job in jobs for host in range(2)])
     assert hosts_of(hangs) == [["node-0", "node-1"]] * 5
-    # With a run id the size is not asked: an elastic job has another one after a restart only.
-    sizes = [sighting(host, job={"world_size": 8 + host}) for host in range(2)]
-    assert len(hangs_of(sizes)) == 1
+
+
+def test_jobs_of_one_name() -> None:
+    """Each is called "none" by torchrun that has no other name; those of one have each rank once."""
+    one = [sighting(0, time, pid=7) for time in (0.0, 5.5)]
+    other = [sighting(0, time, host="node-9", pid=7) for time in (0.5, 6.0)]
+    assert hosts_of(hangs_of([*one, *other])) == [["node-0"] * 2, ["node-9"] * 2]
 
 
 def test_picture_of_nobody() -> None:

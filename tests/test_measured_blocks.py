@@ -148,7 +148,7 @@ def overrun_for_good(channel: Any, client: TimerClient) -> None:
 def test_a_server_that_waits_for_evidence_measures_all_the_same(
     file_link: Link, fork_worker: Fork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It reads nothing while it has stacks taken of others, over and over."""
+    """It has stacks taken of others, over and over, and that takes long."""
 
     def slow(run_id: str, expired: object) -> None:
         time.sleep(0.3 if expired else 0)

@@ -77,6 +77,22 @@ def test_behind() -> None:
     assert answer["reasons"] == ["behind: pass 6 of train.py#86, where the others are in pass 7"]
 
 
+def test_block_that_most_are_in() -> None:
+    """Passes of another one, which is a rank's own, tell nothing."""
+    others = waiting(1, 2, 3, passes={BLOCK: 7, "b": 2})
+    first = waiting(0, passes={BLOCK: 7, "b": 1})
+    answer = ask(*first, *others, *waiting(4, scope="b", passes={BLOCK: 6, "b": 2}))
+    assert answer["suspected"] == [4]
+
+
+def test_as_many_behind_as_not() -> None:
+    """Neither are the odd ones; of as many in one pass as in another the later one is the usual."""
+    behind = waiting(0, 1, passes={BLOCK: 6})
+    assert ask(*behind, *waiting(2, 3))["suspected"] == []
+    outside = waiting(4, scope=None)
+    assert ask(*behind, *waiting(2, 3), *outside)["suspected"] == [0, 1]
+
+
 def test_not_in_the_block_at_all() -> None:
     """A rank that has never entered the block that the others are in."""
     answer = ask(*waiting(0, 1, 2), member(3, *HANGS, scope=None, passes={}, seconds=None))
@@ -106,6 +122,12 @@ def test_left_the_block() -> None:
     answer = ask(*waiting(0, 1, 2), member(3, *HANGS, **outside))
     assert answer["suspected"] == [3]
     assert answer["reasons"][0] == "not in train.py#86, where the others are"
+
+
+def test_waits_outside_of_the_block() -> None:
+    """It waits for the one that hangs, as the others do."""
+    outside = member(4, *BARRIER, scope=None)
+    assert ask(*waiting(0, 1, 2), member(3, *HANGS), outside)["suspected"] == [3]
 
 
 def test_ahead_of_those_that_hang() -> None:
@@ -156,6 +178,13 @@ def test_stopped(state: str, reason: str) -> None:
         assert answer["suspected"] == [0]
         assert answer["reasons"] == [reason]
     assert ask(*waiting(0, 1, 2, state=state))["suspected"] == []
+
+
+def test_stopped_where_others_wait() -> None:
+    """One that is stopped is no victim, wherever that was."""
+    answer = ask(*waiting(0, 1, 2), *waiting(3, state="T"), member(4, *HANGS, state="T"))
+    assert answer["suspected"] == [3, 4]
+    assert answer["reasons"] == ["stopped (state T)"]
 
 
 def test_not_waiting() -> None:

@@ -211,9 +211,19 @@ def test_line_behind_one_that_was_cut_off(tmp_path: Path) -> None:
     assert [sighting.host for sighting in reader.sightings] == ["node-0"]
     assert reader.files[0].broken == 1
     # There is an end to what is looked for behind a cut.
-    (tmp_path / "events").write_bytes(b'{"time"' * 10_000 + b"job hangs\n")
+    (tmp_path / "events").write_bytes(b'{"time"' * 300_000 + b"job hangs\n")
     reader.read(str(tmp_path / "events"))
     assert reader.files[1].broken == 1
+
+
+def test_stacks_that_are_alike_are_kept_once(two_hosts: list[Path]) -> None:
+    """A thousand ranks that wait in one place take the memory of one."""
+    reader = EventReader()
+    reader.read(str(two_hosts[0]))
+    members = reader.sightings[0].picture["members"]
+    frames = [(each["stacks"] or [])[0]["frames"] for each in members]
+    assert len(frames) == 4
+    assert all(each is frames[0] for each in frames)
 
 
 def test_long_lines_are_read_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,6 +334,7 @@ def test_folded_children_and_hangs(report: Report, tmp_path: Path) -> None:
     """A child at work goes on where its parent waits for it; several hangs are apart."""
     ranks = recorded("data_loader")
     ranks[0]["stacks"] = None
+    ranks[1]["descendants"] = ranks[2]["descendants"]  # At work while it waits for other ranks.
     stack = thread("a;b (c.py:1)")
     other = event(picture([member(0, stacks=[stack])], run_id="other;one"), NOW + 1)
     path = tmp_path / "events"

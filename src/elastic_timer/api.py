@@ -257,7 +257,7 @@ class TimerServer(abc.ABC):
 
         Raises:
             RuntimeError: It was stopped while it was busy, and still is; or the threads of this
-                process are eventlet's.
+                process are eventlet's or gevent's.
         """
         self._stop_signaled = False
         if self._loop.start():

@@ -41,7 +41,12 @@ from elastic_timer._transport.pipe import (
 )
 from elastic_timer._transport.wire import acquire_line, encode, encode_line, release_line
 from elastic_timer.api import TimerClient, TimerRequest
-from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
+from elastic_timer.debug_info_logging import (
+    collectives,
+    log_debug_info_for_expired_timers,
+    native_stacks,
+    stacks_timeout,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import ParamSpec
@@ -351,6 +356,16 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         kill_after: How many seconds a worker may outlive a signal other than SIGKILL before it
             gets SIGKILL, unless it leaves the block. None means for ever. Process groups are not
             followed.
+        kill_tree: Whether a worker that is reaped takes what it has started along. These processes
+            are found while it lives, and get SIGKILL with it; after another signal, which it alone
+            gets, once it is gone or `kill_after` is over, and not where it leaves the block. Never
+            the server, its ancestors, or a process of another user than the worker's. What is
+            still there 5 s later is named in the log. Of a process group nothing is looked for.
+
+            Not guaranteed: that a process is found whose parent had ended before (a daemon), but
+            for those in a session that the worker or a descendant leads.
+
+            .. versionadded:: 0.2.0
         dry_run: Report who has overrun a deadline and would have been signalled, and signal
             nobody, whatever signal the clients name.
 
@@ -359,7 +374,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
     Raises:
         FileExistsError: Something lies at `file_path` that is no FIFO, or that a server reads.
         FileNotFoundError: The folder of `file_path` does not exist.
-        NotImplementedError: The platform has no FIFOs.
+        NotImplementedError: The platform has no FIFOs; or with `kill_tree`, no /proc.
         ValueError: `max_interval` or `kill_after` is not a positive number.
 
     .. versionadded:: 0.1.0
@@ -377,6 +392,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         *,
         reap_self: bool = False,
         kill_after: float | None = None,
+        kill_tree: bool = False,
         dry_run: bool = False,
     ) -> None:
         super().__init__(
@@ -385,6 +401,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
             max_interval,
             daemon,
             kill_after,
+            kill_tree,
             dry_run,
         )
         self._file_path = file_path
@@ -414,7 +431,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
             FileExistsError: Since the server was made, something else was put in its FIFO's place,
                 or another server has begun to read at its path.
             RuntimeError: It was stopped while it was busy, and still is; or the threads of this
-                process are eventlet's.
+                process are eventlet's or gevent's.
         """
         self._run_once = False
         super().start()
@@ -476,6 +493,9 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
                 self._keep_fifo()
         return self._source.drain()
 
+    def _is_ending(self) -> bool:
+        return self._run_once or super()._is_ending()
+
     def _keep_fifo(self) -> None:
         """Make the FIFO anew where it was removed; say so where that can't be done."""
         if self._source.is_in_place():
@@ -528,8 +548,8 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
     def _call_debug_hook(self, expired: dict[int, list[str]]) -> object:
         return log_debug_info_for_expired_timers(self._run_id, expired)
 
-    def _debug_hook_timeout(self) -> float:
-        return stacks_timeout()
+    def _evidence_wanted(self) -> tuple[float, bool, tuple[str, ...]]:
+        return stacks_timeout(), native_stacks(), collectives()
 
 
 def _as_log_event(log_event: Callable[[str, FileTimerRequest | None], None]) -> Listener:

@@ -24,7 +24,12 @@ from elastic_timer._transport.queue_pipe import (
 )
 from elastic_timer._transport.rubbish import RubbishLog
 from elastic_timer.api import RequestQueue, TimerClient, TimerRequest, TimerServer
-from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
+from elastic_timer.debug_info_logging import (
+    collectives,
+    log_debug_info_for_expired_timers,
+    native_stacks,
+    stacks_timeout,
+)
 
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
@@ -254,11 +259,16 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
         max_interval: The longest time between two rounds of the watchdog, in seconds. Deadlines
             and requests are seen to when they come, whatever it is.
         daemon: Whether the interpreter may exit while the watchdog runs.
+        kill_tree: Whether a worker that is reaped takes what it has started along; see
+            `FileTimerServer`.
+
+            .. versionadded:: 0.2.0
         dry_run: Report who has overrun a deadline and would have been killed, and signal nobody.
 
             .. versionadded:: 0.2.0
 
     Raises:
+        NotImplementedError: With `kill_tree`, where there is no /proc.
         ValueError: `max_interval` is not a positive number.
 
     .. versionadded:: 0.1.0
@@ -273,6 +283,7 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
         max_interval: float = 60,
         daemon: bool = True,
         *,
+        kill_tree: bool = False,
         dry_run: bool = False,
     ) -> None:
         super().__init__(
@@ -280,6 +291,7 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
             _RUN_ID,
             max_interval,
             daemon,
+            kill_tree=kill_tree,
             dry_run=dry_run,
         )
         self._request_queue = self._source
@@ -338,5 +350,5 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
     def _call_debug_hook(self, expired: dict[int, list[str]]) -> object:
         return log_debug_info_for_expired_timers(self._run_id, expired) if expired else None
 
-    def _debug_hook_timeout(self) -> float:
-        return stacks_timeout()
+    def _evidence_wanted(self) -> tuple[float, bool, tuple[str, ...]]:
+        return stacks_timeout(), native_stacks(), collectives()

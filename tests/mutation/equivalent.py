@@ -6,6 +6,9 @@ _SERIALS = "they only have to grow"
 _PRUNING = "the heap is only rebuilt a little earlier or later; its bound holds"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
+    "_clock": {
+        "_now() - _now_about()  ->  _now() + _now_about()": "all it is to do is raise",
+    },
     "_server.table": {
         "for _, _, worker, scope in sorted(due, key=lambda entry: entry[:2]):  ->  "
         "for _, _, worker, scope in sorted(due, key=lambda entry: entry[:3]):": (
@@ -19,9 +22,6 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if len(self._heap) > 2 * self._size - _HEAP_SLACK:": _PRUNING,
     },
     "_transport.wire": {
-        "@functools.lru_cache(maxsize=64)  ->  @functools.lru_cache(maxsize=65)": (
-            "the size of a cache changes no result"
-        ),
         "if start <= 0:  ->  if start < 0:": (
             "at 0 the same text is read again, and refused for the same reason"
         ),

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from elastic_timer import TimerClient, expires
+from elastic_timer._server.blocks import block_of
 from elastic_timer._server.table import TimerTable
 from elastic_timer._transport.wire import SHORTEST_REQUEST, decode
 
@@ -58,6 +59,16 @@ def test_rebuilt_heap_is_in_order() -> None:
         table.release(deadline, "scope")
 
 
+def test_acquire_tells_whether_there_was_none() -> None:
+    """By that the entries of a block are told from its timer's new deadlines."""
+    table: TimerTable[int, str] = TimerTable()
+    assert table.acquire(0, "scope", "request", 5.0) is True
+    assert table.acquire(0, "scope", "request", 6.0) is False
+    assert table.acquire(1, "scope", "request", 6.0) is True
+    table.release(0, "scope")
+    assert table.acquire(0, "scope", "request", 7.0) is True
+
+
 def test_timer_is_due_at_its_deadline_itself() -> None:
     """Whether somebody has looked at it by then or not."""
     table: TimerTable[int, str] = TimerTable()
@@ -86,6 +97,14 @@ def test_reason_is_about_the_whole_line() -> None:
     """A line without any request in it is refused for what it lacks as a whole."""
     with pytest.raises(ValueError, match="'pid' is missing"):
         decode(b"{}")
+
+
+def test_block_of_a_scope() -> None:
+    """Whose it is does not count, and nothing else of it is left out."""
+    for ending in ("", "@thread-12", "@task-7f3a", "@generator-b", "@task-1@generator-2"):
+        assert block_of(f"train.py#86{ending}") == "train.py#86"
+    for scope in ("", "a@b", "step@thread-", "@threads-12", "@Task-1"):
+        assert block_of(scope) == scope
 
 
 def test_failed_entry_can_be_tried_again() -> None:

@@ -31,7 +31,9 @@ from elastic_timer.debug_info_logging import (
     add_debug_info_handler,
     collectives,
     log_debug_info_for_expired_timers,
+    native_stacks,
     remove_debug_info_handler,
+    set_native_stacks,
     set_stacks_timeout,
     stacks_timeout,
 )
@@ -243,6 +245,8 @@ set_stacks_timeout(0.5)
 assert_type(stacks_timeout(), float)
 add_collective("synchronize")
 assert_type(collectives(), tuple[str, ...])
+set_native_stacks(True)
+assert_type(native_stacks(), bool)
 
 # --- the package
 

@@ -23,51 +23,47 @@ class Hang:
         time: When it was first seen, in epoch seconds.
         last: When it was last seen.
         pictures: What was seen, in its order.
-        pids: Of each rank on each host the process.
+        processes: Of each rank its host and its pid.
     """
 
     job: Job
     time: float
     last: float
     pictures: list[Picture]
-    pids: dict[tuple[str, int], int]
+    processes: dict[int, tuple[str, int]]
 
     def shows(self, sighting: Sighting) -> bool:
         """Whether a later picture may be one of this hang.
 
         The blocks of a hang overlap: the ranks wait for each other. What began after the others
-        were seen is another hang, and so is one of other processes.
+        were seen is another hang, and so is one of other processes: of the same job later on, or of
+        another one that has no name of its own.
         """
         if sighting.time - _longest(sighting.picture) > self.last + _SLACK:
             return False
-        members = sighting.picture["members"]
-        return all(
-            self.pids.get((member["host"], member["rank"]), member["pid"]) == member["pid"]
-            for member in members
-        )
+        found = _processes(sighting.picture)
+        return all(self.processes.get(rank, found[rank]) == found[rank] for rank in found)
 
     def add(self, sighting: Sighting) -> None:
         """Add a picture of this hang."""
         self.last = sighting.time
         self.pictures.append(sighting.picture)
-        for member in sighting.picture["members"]:
-            self.pids[member["host"], member["rank"]] = member["pid"]
+        self.processes.update(_processes(sighting.picture))
 
 
 def hangs_of(sightings: Iterable[Sighting]) -> list[Hang]:
     """The hangs that pictures show, in their order; pictures of nobody show none."""
-    latest: dict[tuple[object, ...], Hang] = {}
+    of_job: dict[tuple[object, ...], list[Hang]] = {}
     found: list[Hang] = []
     for sighting in sorted(sightings, key=_in_order):
         job = sighting.picture["job"]
         if not sighting.picture["members"]:
             continue
-        # Of the same job are those with the same run id or, without one, with the same world size.
-        size = job["world_size"] if job["run_id"] is None else None
-        identity = job["run_id"], size, job["restart_count"]
-        hang = latest.get(identity)
-        if hang is None or not hang.shows(sighting):
-            hang = latest[identity] = Hang(job, sighting.time, sighting.time, [], {})
+        hangs = of_job.setdefault((job["run_id"], job["world_size"], job["restart_count"]), [])
+        hang = next((hang for hang in reversed(hangs) if hang.shows(sighting)), None)
+        if hang is None:
+            hang = Hang(job, sighting.time, sighting.time, [], {})
+            hangs.append(hang)
             found.append(hang)
         hang.add(sighting)
     return found
@@ -76,6 +72,10 @@ def hangs_of(sightings: Iterable[Sighting]) -> list[Hang]:
 def _in_order(sighting: Sighting) -> tuple[float, str, list[int]]:
     # Whatever the order of the files was, it comes out the same.
     return sighting.time, sighting.host, [member["pid"] for member in sighting.picture["members"]]
+
+
+def _processes(picture: Picture) -> dict[int, tuple[str, int]]:
+    return {member["rank"]: (member["host"], member["pid"]) for member in picture["members"]}
 
 
 def _longest(picture: Picture) -> float:

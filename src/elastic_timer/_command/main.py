@@ -62,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="run a command with a timer server beside it",
         usage="elastic-timer run [--timer-file PATH] [--max-interval SECONDS] [--run-id ID] "
-        "[--events FILE] [--summary] [--dry-run] -- COMMAND [ARG ...]",
+        "[--events FILE] [--kill-tree] [--native] [--before-kill COMMAND] "
+        "[--before-kill-timeout SECONDS] [--summary] [--dry-run] -- COMMAND [ARG ...]",
         description="Starts a timer server and then COMMAND, with TORCHELASTIC_TIMER_FILE set: "
         "every Python process below it can call elastic_timer.configure() and use expires(). "
         "Signals are handed on to COMMAND; the exit status is COMMAND's own.",
@@ -88,6 +89,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     runs.add_argument(
         "--events", metavar="FILE", help="append one JSON object per event, one a line"
+    )
+    runs.add_argument(
+        "--kill-tree",
+        action="store_true",
+        help="kill with a worker what it has started, and at the end what COMMAND has left behind",
+    )
+    runs.add_argument(
+        "--native",
+        action="store_true",
+        help="have C frames in the stacks too, which takes longer",
+    )
+    runs.add_argument(
+        "--before-kill",
+        metavar="COMMAND",
+        help="run by the shell for each worker about to be killed, the evidence on its stdin",
+    )
+    runs.add_argument(
+        "--before-kill-timeout",
+        metavar="SECONDS",
+        type=_positive_seconds,
+        default=10.0,
+        help="how long that may take (default: %(default)g)",
     )
     runs.add_argument(
         "--summary",
@@ -167,7 +190,7 @@ def _run(options: argparse.Namespace) -> int:
         # Whatever is asked for bears the name that the parser has it by.
         asked = {field.name: getattr(options, field.name) for field in fields(Options)}
         return run(Options(**asked))
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:
         parser.error(str(error))
 
 

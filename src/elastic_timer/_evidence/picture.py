@@ -290,7 +290,7 @@ def _behind(seen: Sequence[Seen]) -> _Verdict:
     blocks = Counter(scope for scope in scopes if scope)
     if not blocks:
         return _NOBODY
-    block = max(blocks, key=lambda name: (blocks[name], name))
+    [(block, _)] = blocks.most_common(1)
     passes = [one.pass_of(block) for one in seen]
     inside = Counter(passes[index] for index, scope in enumerate(scopes) if scope == block)
     usual = max(inside, key=lambda count: (inside[count], count))

@@ -33,7 +33,7 @@ _INTERNAL = re.compile(
     r"^<frozen |/lib(64)?/python3\.\d+t?/(?!(site|dist)-packages/)"
     r"|(^|/)(site|dist)-packages/torch/"
     r"|(^|/)torch/(_\w+\.py|(_\w+|autograd|cuda|distributed|nn/\w+|optim|utils/\w+)/)"
-    r"|(^|/)elastic_timer/(_\w+/\w+|\w+)\.py$"
+    r"|(^|/)elastic_timer/(?!_command/demo)(_\w+/\w+|\w+)\.py$"
 )
 _INSTALLED = re.compile(r"(^|/)(site|dist)-packages/")
 

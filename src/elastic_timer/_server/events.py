@@ -130,6 +130,19 @@ class WorkerExited(WorkerEvent):
 
 
 @dataclasses.dataclass(frozen=True)
+class JobHangs(Event):
+    """The workers of a job wait for each other, and one of them or more are past a deadline.
+
+    Attributes:
+        picture: What all of them on this host were doing before the first of them was signalled,
+            as `_evidence` tells it.
+    """
+
+    name: ClassVar[str] = "job hangs"
+    picture: Mapping[str, object]
+
+
+@dataclasses.dataclass(frozen=True)
 class BlocksMeasured(Event):
     """What the workers' blocks took since the server was made.
 
@@ -177,11 +190,14 @@ class Events:
             if isinstance(event, kinds):
                 callbacks.submit(functools.partial(listener, event))
 
-    def flush(self, patience: float) -> None:
-        """Wait until the listeners have all that was published, for so many seconds at most."""
+    def flush(self, patience: float) -> bool:
+        """Wait until the listeners have all that was published, for so many seconds at most.
+
+        Returns:
+            Whether they have.
+        """
         end = _clock.monotonic() + patience
-        for _, _, callbacks in self._listeners:
-            callbacks.flush(end - _clock.monotonic())
+        return all(each.flush(end - _clock.monotonic()) for _, _, each in self._listeners)
 
     def forget_parent(self) -> None:
         """Begin anew in a forked child, where no thread of a listener is."""

@@ -17,12 +17,12 @@ from elastic_timer._server.process import (
     SpareDescriptor,
     environment_of,
     is_running,
-    ranks,
     refusal,
 )
 from elastic_timer._server.table import TimerTable
 
 if TYPE_CHECKING:
+    from elastic_timer._server.job import Standing
     from elastic_timer._server.loop import Loop
 
 logger = contained_logger(__name__)
@@ -95,9 +95,14 @@ class EpochClock:
 
 class _Worker:
     def __init__(self, pid: int, process: ProcessHandle | None) -> None:
+        # Not before: a process that only sends has no workers.
+        from elastic_timer._server.job import job_of, ranks
+
         # None: gone before it could be held, though it is claimed to run.
         self.process = process
-        self.rank, self.local_rank = ranks(environment_of(pid)) if pid > 0 else (None, None)
+        environment = environment_of(pid) if pid > 0 else {}
+        self.rank, self.local_rank = ranks(environment)
+        self.job = job_of(environment)
         self.watched_fd: int | None = None
         # How often it has entered each block.
         self.passes: dict[str, int] = {}
@@ -190,7 +195,7 @@ class Workers(Generic[_Request]):
                 elif self._hold(pid, claims_to_run):
                     deadline = self.clock.to_monotonic(request.expiration_time)
                     worker, block = self._workers[pid], block_of(scope)
-                    if self.table.acquire(pid, scope, request, deadline):
+                    if self.table.acquire(pid, scope, request, deadline, now):
                         worker.count_pass(block)
                     if blocks is not None:
                         is_first = worker.passes.get(block) == 1
@@ -304,6 +309,38 @@ class Workers(Generic[_Request]):
         """How often a worker has entered each block; an acquire of a timer it holds is no entry."""
         worker = self._workers.get(pid)
         return {} if worker is None else worker.passes
+
+    def process(self, pid: int) -> ProcessHandle | None:
+        """The process of a worker; None for a group, and where it could not be held."""
+        worker = self._workers.get(pid)
+        return None if worker is None or pid < 0 else worker.process
+
+    def standings(self, pids: Iterable[int]) -> list[Standing]:
+        """Where workers are, and all others of their jobs; those without a job alone."""
+        with self._lock:
+            named = {pid: self._workers[pid] for pid in pids if pid in self._workers}
+            jobs = {worker.job for worker in named.values()} - {None}
+            others = self._workers.items() if jobs else ()
+            of_jobs = {pid: each for pid, each in others if each.job in jobs}
+            return [self._standing(pid, each) for pid, each in (named | of_jobs).items()]
+
+    def _standing(self, pid: int, worker: _Worker) -> Standing:
+        from elastic_timer._server.job import Standing
+
+        standing = Standing(pid, worker.rank, worker.local_rank, worker.job)
+        urgent = self.table.most_urgent(pid)
+        passes = dict(worker.passes)
+        if urgent is None:
+            return standing._replace(passes=passes)
+        scope, deadline, since = urgent
+        now = _clock.monotonic()
+        return standing._replace(
+            block=block_of(scope),
+            deadline=deadline,
+            seconds=now - since,
+            passes=passes,
+            expired=deadline <= now,
+        )
 
     def was_killed(self, pid: int) -> bool:
         """Whether the worker was sent SIGKILL: no more timers of it are accepted."""
