@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 
-from elastic_timer import FileTimerClient, FileTimerRequest, TimerClient, expires
+from elastic_timer import (
+    FileTimerClient,
+    FileTimerRequest,
+    TimerClient,
+    expires,
+    file_based_local_timer,
+)
 from elastic_timer._server import server as server_module
 from elastic_timer._server.events import (
     BlocksMeasured,
@@ -132,6 +138,63 @@ def test_a_server_that_is_busy_measures_all_the_same(
         assert longest == pytest.approx(own, abs=0.25)
 
 
+def overrun_for_good(channel: Any, client: TimerClient) -> None:
+    """A worker that enters one block after the other, and leaves each too late."""
+    while not channel.poll():
+        with expires(after=0.02, scope="short", client=client):
+            time.sleep(0.1)
+
+
+def test_a_server_that_waits_for_evidence_measures_all_the_same(
+    file_link: Link, fork_worker: Fork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has stacks taken of others, over and over, and that takes long."""
+
+    def slow(run_id: str, expired: object) -> None:
+        time.sleep(0.3 if expired else 0)
+
+    monkeypatch.setattr(file_based_local_timer, "log_debug_info_for_expired_timers", slow)
+    server = file_link.server(dry_run=True)
+    measured = measured_by(server)
+    with running(server):
+        other = fork_worker(overrun_for_good, file_link.client)
+        eventually(lambda: server._timers.holds(other.pid))
+        worker = fork_worker(take_time_and_stay, file_link.client)
+        took = worker.receive()
+        other.send("end")
+        assert other.wait() == 0
+        wait_until_gone(server, other.pid)
+        worker.send("end")
+        assert worker.wait() == 0
+        wait_until_gone(server, worker.pid)
+    blocks = measured()
+    found = [blocks[str(seconds)][part] for seconds in PAUSES for part in ("first", "longest")]
+    for mine, own in list(zip(found, took, strict=True))[:-1]:
+        longest = mine["longest"] if isinstance(mine, dict) else mine
+        assert longest == pytest.approx(own, abs=0.1)
+
+
+def enter_again(channel: Any, client: TimerClient, pauses: list[float]) -> None:
+    """A worker that asks for less time when it enters its block for the second time."""
+    for after in (60, 59.7):
+        with expires(after=after, scope="b", client=client):
+            time.sleep(pauses[0])
+        time.sleep(pauses[1])
+    channel.send("done")
+
+
+def test_less_time_than_before(file_link: Link, fork_worker: Fork) -> None:
+    """It is not taken for the same, read late, where the server had nothing to do meanwhile."""
+    server = file_link.server()
+    measured = measured_by(server)
+    with running(server):
+        worker = fork_worker(enter_again, file_link.client, [0.05, 0.4])
+        worker.receive()
+        assert worker.wait() == 0
+        wait_until_gone(server, worker.pid)
+    assert measured()["b"]["longest"] < 0.05 + 0.15
+
+
 def test_slowest_rank_is_named(spawn: Callable[..., Child], file_link: Link) -> None:
     """All ranks count as one block; the slowest is told, of the first passes and the later ones."""
     server = file_link.server()
@@ -226,6 +289,22 @@ def test_told_again_and_again(
     assert isinstance(first, BlocksMeasured)
     assert isinstance(last, BlocksMeasured)
     assert dict(last.blocks[0])["first"]["left"] == 1  # type: ignore[index]
+
+
+def test_nothing_is_told_close_to_a_deadline(
+    file_link: Link, fork_worker: Fork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To tell takes its time, and the worker that is due is not to wait for that."""
+    monkeypatch.setattr(server_module, "_BLOCKS_INTERVAL", 0.3)
+    monkeypatch.setattr(server_module, "_BLOCKS_TAKE", 1.0)
+    told: list[Event] = []
+    server = file_link.server()
+    server.subscribe(told.append, BlocksMeasured, WorkerSpared, WorkerSignalled)
+    with running(server):
+        worker = fork_worker(wait_to_be_killed)
+        file_link.put(worker.pid, "b", time.time() + 0.9)
+        eventually(lambda: len(told) == 2)
+    assert [type(event) for event in told[:2]] == [WorkerSignalled, BlocksMeasured]
 
 
 # --- dry runs

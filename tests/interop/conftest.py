@@ -24,6 +24,13 @@ MARK = "ELASTIC_TIMER_INTEROP_TEST"
 UPSTREAM = "torch.distributed.elastic.timer"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Known where the folder is named on the command line; else the default holds."""
+    parser.addoption(
+        "--every-phase", action="store_true", help="hang in each phase of a job, not in some"
+    )
+
+
 @pytest.fixture(autouse=True)
 def _leaves_no_process_and_no_fifo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

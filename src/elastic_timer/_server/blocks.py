@@ -57,7 +57,8 @@ def asked_for(left: float, late: float, before: float) -> float:
         before: What was asked for at this place before; zero for nothing.
     """
     late += _NOTICED_AFTER
-    least = left - _CLOCKS_DIFFER
+    # What is read when it was due already may have been for any time; at least it was sent by then.
+    least = max(left - _CLOCKS_DIFFER, 0.0)
     # People write whole seconds. Of what is short they do not, and a tenth would be much of it.
     whole = float(math.ceil(least))
     fits = whole <= left + max(min(late, _MOST_ROUNDED), min(_READ_LATE_AFTER, left / 100))

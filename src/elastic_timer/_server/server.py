@@ -62,8 +62,9 @@ _SHORTEST_INTERVAL = 0.001
 # have heard of their expiry. One that blocks makes them late by so much.
 _HEAD_START = 0.01
 
-# A wait that takes longer than this, in seconds, was for something that was not there before it.
-_AT_ONCE = 0.001
+# A wait that takes longer than this, in seconds, was for something that was not there before it: on
+# a busy machine one that finds something at once may take some milliseconds.
+_AT_ONCE = 0.05
 
 # The pause after requests could not be got: an error that comes back at once must not burn a core.
 _ERROR_PAUSE = 0.1
@@ -88,6 +89,9 @@ _RARE_EVENTS = (
 
 # How often listeners are told what blocks take, in seconds.
 _BLOCKS_INTERVAL = 600.0
+# To put together what is told of a thousand blocks takes some hundredths of a second: not when a
+# deadline is closer than this.
+_BLOCKS_TAKE = 0.2
 
 
 class Source(Protocol[_R]):
@@ -300,6 +304,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
         Args:
             callback: Called with the record of the expiry. What it raises is logged.
             timeout: How many seconds the signal waits at most.
+
+        .. versionadded:: 0.2.0
         """
         self._before_signal = callback, timeout
 
@@ -406,8 +412,12 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._trees.follow_up()
         self._is_unfinished = False
         if self._blocks_due <= self._looked_at:
-            self._blocks_due = self._looked_at + _BLOCKS_INTERVAL
-            self._publish_blocks()
+            deadline = self._workers.next_deadline()
+            if deadline is not None and deadline - self._looked_at < _BLOCKS_TAKE:
+                self._blocks_due = deadline + _BLOCKS_TAKE
+            else:
+                self._blocks_due = self._looked_at + _BLOCKS_INTERVAL
+                self._publish_blocks()
 
     def _reap_all(self, expired: dict[int, list[_R]], now: float) -> None:
         """Report the workers whose timers have expired at `now` (epoch), and reap them.
@@ -739,9 +749,10 @@ class ProcessServer(abc.ABC, Generic[_R]):
 
         for picture in findings.pictures:
             self._events.publish(JobHangs(_clock.epoch(), picture))
-        told: object = None
         with handing_over(findings):
-            told = self._contained(lambda: self._call_debug_hook(findings.expired), lambda: None)
+            told: object = self._contained(
+                lambda: self._call_debug_hook(findings.expired), lambda: None
+            )
         inquests = []
         for pid, timers in findings.expired.items():
             inquest = self._inquests.get(pid)

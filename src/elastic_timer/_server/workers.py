@@ -233,9 +233,8 @@ class Workers(Generic[_Request]):
 
     def note_all_read(self, now: float) -> None:
         """Take note that what was sent before `now`, in monotonic seconds, has been read."""
-        with self._lock:
-            if self.blocks is not None:
-                self.blocks.note_all_read(now)
+        if self.blocks is not None:
+            self.blocks.note_all_read(now)
 
     def measured(self) -> tuple[list[Mapping[str, object]], int]:
         """What was measured, and how often blocks were entered that were too many for that."""
