@@ -66,7 +66,9 @@ _EXPIRES = "test_api or test_survivors or test_client_mends or d01 or d13 or d18
 
 TARGETS = [
     Target("_clock", [], ["tests/test_clock.py"]),
-    Target("_server.blocks", ["block_of"], [SURVIVORS]),
+    Target("_server.blocks", [], ["tests/test_blocks.py", SURVIVORS]),
+    Target("_command.block_table", [], ["tests/test_block_table.py"]),
+    Target("_evidence.picture", [], ["tests/test_picture.py"]),
     Target("_server.table", [], ["tests/test_timer_table.py", SURVIVORS]),
     Target("_server.process", ["ranks"], ["tests/test_ranks.py"]),
     Target("_server.workers", ["EpochClock"], ["tests/test_epoch_clock.py"]),

@@ -127,7 +127,7 @@ def _changes(node: ast.AST) -> Iterator[tuple[type[ast.AST], dict[str, Any]]]:
             yield kind, {"test": ast.UnaryOp(ast.Not(), test)}
         case ast.While():
             yield kind, {"test": ast.Constant(False)}
-        case ast.Return(value) if value is not None:
+        case ast.Return(value) if value is not None and ast.unparse(value) != "None":
             yield kind, {"value": ast.Constant(None)}
         case ast.Break():
             yield ast.Continue, {}
