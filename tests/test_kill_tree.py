@@ -384,6 +384,41 @@ def test_hook_that_only_tells_leaves_nobody_stopped(
     assert seen == [{"T"}]
 
 
+@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGTERM])
+def test_release_of_the_last_moment_counts(
+    file_link: Link,
+    job: Callable[..., Child],
+    mark: str,
+    monkeypatch: pytest.MonkeyPatch,
+    signal_: signal.Signals,
+) -> None:
+    """Written while the tree was looked for: the worker goes on, for what else it has overrun."""
+    hold = _tree.Trees.hold
+    late: list[int] = []
+
+    def hold_slowly(trees: _tree.Trees, process: ProcessHandle, stop: bool) -> None:
+        hold(trees, process, stop)
+        if stop and process.pid not in late:
+            late.append(process.pid)
+            file_link.put(process.pid, "block", -1)
+
+    monkeypatch.setattr(_tree.Trees, "hold", hold_slowly)
+    worker, other = job(SOFT, "lives"), job("start(); stay()")
+    found = pids(worker, 2)
+    pids(other, 2)
+    with running(file_link.server(kill_tree=True, kill_after=0.3)) as server:
+        request = FileTimerRequest(worker.pid, "block", time.time() + 0.1, signal_)
+        server.register_timers([request])
+        eventually(lambda: late == [worker.pid])
+        eventually(lambda: not server._timers and not server._signalled)
+        eventually(lambda: states(found) <= {"R", "S"})
+        overrun = time.time() + 0.1
+        for scope in ("block", "other"):
+            file_link.put(other.pid, scope, overrun)
+        assert other.wait() == -signal.SIGKILL
+        eventually(lambda: marked_processes(mark).keys() == set(found), timeout=5)
+
+
 def test_hook_that_fails_leaves_nobody_stopped(
     file_link: Link, job: Callable[..., Child], mark: str
 ) -> None:
@@ -681,3 +716,25 @@ def test_search_that_fails_at_its_end(
 def test_parent_outside_of_the_container_sees_no_stop() -> None:
     """Of process 1's parent nothing is known; it has seen worse."""
     assert not _tree._stops_with(known(1, 0))
+
+
+def test_worker_that_is_forgiven_one_block_dies_for_another(
+    file_link: Link, job: Callable[..., Child], mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves the block of its soft signal when it is about to be killed: its tree dies, too."""
+    hold = _tree.Trees.hold
+
+    def hold_slowly(trees: _tree.Trees, process: ProcessHandle, stop: bool) -> None:
+        hold(trees, process, stop)
+        if stop:
+            file_link.put(process.pid, "soft", -1)
+
+    monkeypatch.setattr(_tree.Trees, "hold", hold_slowly)
+    worker = job(SOFT, "lives")
+    pids(worker, 2)
+    with running(file_link.server(kill_tree=True)):
+        put_soft(file_link, worker.pid, scope="soft")
+        assert worker.readline() == "worker had 15"
+        file_link.put(worker.pid, "hard", time.time() + 0.1)
+        assert worker.wait() == -signal.SIGKILL
+        eventually(lambda: not marked_processes(mark), timeout=5)
