@@ -384,6 +384,21 @@ def test_hook_that_only_tells_leaves_nobody_stopped(
     assert seen == [{"T"}]
 
 
+def release_late(link: Link, scope: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Have the first worker that is stopped release a timer in that moment; who that was."""
+    hold = _tree.Trees.hold
+    late: list[int] = []
+
+    def hold_slowly(trees: _tree.Trees, process: ProcessHandle, stop: bool) -> None:
+        hold(trees, process, stop)
+        if stop and not late:
+            late.append(process.pid)
+            link.put(process.pid, scope, -1)
+
+    monkeypatch.setattr(_tree.Trees, "hold", hold_slowly)
+    return late
+
+
 @pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGTERM])
 def test_release_of_the_last_moment_counts(
     file_link: Link,
@@ -392,17 +407,8 @@ def test_release_of_the_last_moment_counts(
     monkeypatch: pytest.MonkeyPatch,
     signal_: signal.Signals,
 ) -> None:
-    """Written while the tree was looked for: the worker goes on, for what else it has overrun."""
-    hold = _tree.Trees.hold
-    late: list[int] = []
-
-    def hold_slowly(trees: _tree.Trees, process: ProcessHandle, stop: bool) -> None:
-        hold(trees, process, stop)
-        if stop and process.pid not in late:
-            late.append(process.pid)
-            file_link.put(process.pid, "block", -1)
-
-    monkeypatch.setattr(_tree.Trees, "hold", hold_slowly)
+    """Written while the tree was looked for: the worker goes on, and another is killed as ever."""
+    late = release_late(file_link, "block", monkeypatch)
     worker, other = job(SOFT, "lives"), job("start(); stay()")
     found = pids(worker, 2)
     pids(other, 2)
@@ -722,14 +728,7 @@ def test_worker_that_is_forgiven_one_block_dies_for_another(
     file_link: Link, job: Callable[..., Child], mark: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It leaves the block of its soft signal when it is about to be killed: its tree dies, too."""
-    hold = _tree.Trees.hold
-
-    def hold_slowly(trees: _tree.Trees, process: ProcessHandle, stop: bool) -> None:
-        hold(trees, process, stop)
-        if stop:
-            file_link.put(process.pid, "soft", -1)
-
-    monkeypatch.setattr(_tree.Trees, "hold", hold_slowly)
+    release_late(file_link, "soft", monkeypatch)
     worker = job(SOFT, "lives")
     pids(worker, 2)
     with running(file_link.server(kill_tree=True)):
@@ -738,3 +737,22 @@ def test_worker_that_is_forgiven_one_block_dies_for_another(
         file_link.put(worker.pid, "hard", time.time() + 0.1)
         assert worker.wait() == -signal.SIGKILL
         eventually(lambda: not marked_processes(mark), timeout=5)
+
+
+def test_release_of_the_last_moment_is_for_one_block(
+    file_link: Link, job: Callable[..., Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For another that it has overrun the worker gets what that asks for."""
+    release_late(file_link, "hard", monkeypatch)
+    worker = job(SOFT, "dies")
+    pids(worker, 2)
+    with running(file_link.server(kill_tree=True)) as server:
+        past = time.time() - 1
+        server.register_timers(
+            [
+                FileTimerRequest(worker.pid, "hard", past, signal.SIGKILL),
+                FileTimerRequest(worker.pid, "soft", past + 0.5, signal.SIGTERM),
+            ]
+        )
+        assert worker.readline() == "worker had 15"
+        assert worker.wait() == 3
