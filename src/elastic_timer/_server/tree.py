@@ -237,7 +237,7 @@ class Tree:
         except ProcessLookupError:
             pass  # It has ended meanwhile.
         except OSError as error:
-            logger.error("Process %s can't be sent signal %s: %s", pid, signal, error)
+            logger.error("Process %s can't be sent signal %d: %s", pid, signal, error)
 
 
 def _leads(known: Known | None) -> bool:
