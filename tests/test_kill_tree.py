@@ -88,6 +88,7 @@ def test_tree_lives_without_the_option(link: Link, job: Callable[..., Child], ma
     assert marked_processes(mark).keys() == found - {worker.pid}
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("next_step", ["continue", "break"])
 def test_tree_that_grows_all_the_time(
     link: Link, job: Callable[..., Child], mark: str, next_step: str
@@ -218,6 +219,18 @@ def test_process_of_another_user_is_left_alone(
         (line,) = eventually(lambda: records(caplog, f"Worker {worker.pid} had started"))
     assert line.endswith(f"left alone: {other}")
     assert process_state(other) == "S"
+
+
+def test_dry_run_spares_the_tree(
+    file_link: Link, job: Callable[..., Child], mark: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody is signalled, so nobody is looked for or stopped either."""
+    worker = job("start(); stay()")
+    found = pids(worker, 2)
+    with running(file_link.server(kill_tree=True, dry_run=True)):
+        file_link.put(worker.pid, "block", time.time() + 0.1)
+        eventually(lambda: records(caplog, "Dry run: would have"))
+    assert states(found) <= {"R", "S"}
 
 
 # Soft signals ------------------------------------------------------------------------------------

@@ -24,6 +24,13 @@ MARK = "ELASTIC_TIMER_INTEROP_TEST"
 UPSTREAM = "torch.distributed.elastic.timer"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Known where the folder is named on the command line; else the default holds."""
+    parser.addoption(
+        "--every-phase", action="store_true", help="hang in each phase of a job, not in some"
+    )
+
+
 @pytest.fixture(autouse=True)
 def _leaves_no_process_and_no_fifo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -130,8 +137,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.fixture
-def free_port() -> int:
+def find_free_port() -> int:
     """A TCP port on which nobody listens.
 
     From below the range that the system hands out by itself: no connection of another
@@ -142,3 +148,9 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+@pytest.fixture
+def free_port() -> int:
+    """As `find_free_port` has it."""
+    return find_free_port()

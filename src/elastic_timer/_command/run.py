@@ -13,9 +13,14 @@ import time
 from collections.abc import Set
 
 from elastic_timer import FileTimerServer
+from elastic_timer._command import torchrun
+from elastic_timer._command.before_kill import BeforeKill
+from elastic_timer._command.block_table import block_table
 from elastic_timer._command.event_file import EventFile
 from elastic_timer._command.leftovers import Leftovers
-from elastic_timer._server.callbacks import contained_logger
+from elastic_timer._server.callbacks import PATIENCE, contained_logger, flush_log
+from elastic_timer._server.events import BlocksMeasured, Event
+from elastic_timer.debug_info_logging import set_native_stacks
 
 # A stderr that nobody reads must not keep signals from COMMAND.
 logger = contained_logger(__name__)
@@ -28,6 +33,9 @@ ENDED_BY_SIGNAL = 128
 _FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 _SHELL = "/bin/sh"
+
+# So much longer than the command of --before-kill its end may take, in seconds.
+_BEFORE_KILL_END = 0.5
 
 # How long after a signal came the group's may still come, in seconds: timeout signals its child by
 # pid first. What was sent to us alone is forwarded so much later.
@@ -48,6 +56,11 @@ class Options:
         events: The file or FIFO to append events to; None for no events.
         kill_tree: Whether what a worker has started is killed with it, and what COMMAND has left
             behind at its end.
+        native: Whether stacks are to have C frames too.
+        before_kill: A command to be run for each worker about to be signalled; None for none.
+        before_kill_timeout: How many seconds it may take.
+        summary: Whether to print at the end what the blocks took.
+        dry_run: Whether nobody is signalled, and those who would be are only reported.
     """
 
     command: list[str]
@@ -56,6 +69,11 @@ class Options:
     max_interval: float = 10.0
     events: str | None = None
     kill_tree: bool = False
+    native: bool = False
+    before_kill: str | None = None
+    before_kill_timeout: float = 10.0
+    summary: bool = False
+    dry_run: bool = False
 
 
 def run(options: Options) -> int:
@@ -81,10 +99,24 @@ def run(options: Options) -> int:
                 folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="elastic-timer-"))
                 timer_file = os.path.join(folder, "timers")
             server = FileTimerServer(
-                timer_file, options.run_id, options.max_interval, kill_tree=options.kill_tree
+                timer_file,
+                options.run_id,
+                options.max_interval,
+                kill_tree=options.kill_tree,
+                dry_run=options.dry_run,
             )
             if options.events is not None:
                 server.subscribe(EventFile(options.events, options.run_id).append)
+            if options.before_kill is not None:
+                timeout = options.before_kill_timeout
+                hook = BeforeKill(options.before_kill, timeout)
+                cleanup.callback(hook.close)
+                server.before_signal(hook, timeout + _BEFORE_KILL_END)
+            set_native_stacks(options.native)
+            if options.summary:
+                summary = Summary()
+                server.subscribe(summary.note, BlocksMeasured)
+                cleanup.callback(summary.log)
             cleanup.enter_context(server)
         except (OSError, NotImplementedError):
             cleanup.close()
@@ -104,6 +136,27 @@ def run(options: Options) -> int:
     # Without the server: what outlives COMMAND is not held to its deadlines.
     leftovers.see_to()
     return status
+
+
+class Summary:
+    """Logs, when all is over, what the blocks took."""
+
+    def __init__(self) -> None:
+        self._last: BlocksMeasured | None = None
+
+    def note(self, event: Event) -> None:
+        """Listen to the server."""
+        assert isinstance(event, BlocksMeasured)
+        self._last = event
+
+    def log(self) -> None:
+        """Log the table, waiting a second at most for a log that blocks."""
+        if self._last is None:
+            text = "no blocks were entered"
+        else:
+            text = f"what the blocks took\n{block_table([dataclasses.asdict(self._last)])}"
+        logger.warning("%s", text)
+        flush_log(PATIENCE)
 
 
 def _block_signals() -> tuple[set[int], Set[int]]:
@@ -128,7 +181,9 @@ def _start(command: list[str], timer_file: str, mask: Set[int]) -> int:
     environment.pop("TORCHELASTIC_ENABLE_FILE_TIMER", None)
     # Otherwise torchrun 2.13 hands the store of the reaped attempt on to the next one, whose ranks
     # then look for each other at the addresses of the dead.
-    environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    environment.setdefault(torchrun.NOT_SHARED, "1")
+    for warning in torchrun.warnings(command, environment):
+        logger.warning("%s", warning)
     # Python ignores these in its own process; a program that it starts expects their default.
     ignored = [signal.SIGPIPE, signal.SIGXFSZ]
 

@@ -10,12 +10,14 @@ import os
 import time
 from typing import TYPE_CHECKING, TypedDict, cast
 
+from elastic_timer import _clock
 from elastic_timer._server.process import read_file, stat_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Iterator
 
 _TEXT_KEPT = 300
+_MOST_SIBLINGS = 256
 
 # The calls in which workers hang; others are reported by their number.
 _SYSTEM_CALLS = {
@@ -73,7 +75,7 @@ def read_facts(pid: int) -> Facts:
     return facts
 
 
-def descendants_of(pid: int, but: Mapping[int, object], most: int) -> list[int]:
+def descendants_of(pid: int, but: Container[int], most: int) -> list[int]:
     """The processes that a process has started, and those that these have, nearest first.
 
     Args:
@@ -96,6 +98,32 @@ def descendants_of(pid: int, but: Mapping[int, object], most: int) -> list[int]:
         if len(found) > most:
             break
     return found[1 : most + 1]
+
+
+def parent_of(pid: int) -> int:
+    """The process that has started another one; 0 where that is not known."""
+    fields = stat_of(pid)
+    return int(fields[1]) if fields else 0
+
+
+def processes_beside(pid: int, until: float) -> Iterator[int]:
+    """The processes of a process's user, its siblings first.
+
+    Args:
+        pid: The process.
+        until: When to stop looking, in monotonic seconds.
+    """
+    siblings = descendants_of(parent_of(pid), {}, _MOST_SIBLINGS)
+    others: list[int] = []
+    with contextlib.suppress(OSError):
+        user = os.stat(f"/proc/{pid}").st_uid
+        others = sorted({int(name) for name in os.listdir("/proc") if name.isdecimal()})
+    for each in dict.fromkeys([*siblings, *others]):
+        if _clock.monotonic() >= until:
+            break
+        with contextlib.suppress(OSError):
+            if os.stat(f"/proc/{each}").st_uid == user:
+                yield each
 
 
 def one_line(text: str) -> str:

@@ -12,7 +12,7 @@ import functools
 import os
 import select
 import signal as signals
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from elastic_timer._server.callbacks import contained_logger
 
@@ -246,20 +246,6 @@ def environment_of(pid: int) -> dict[str, str]:
     except OSError:
         return {}
     return {name: value for name, _, value in entries if name in _NAMES_READ}
-
-
-def ranks(environment: Mapping[str, str]) -> tuple[int | None, int | None]:
-    """The rank in its job and the rank on its host of a process; `None` where it has none.
-
-    Args:
-        environment: What `environment_of` found.
-    """
-
-    def first_of(*names: str) -> int | None:
-        values = (environment.get(name, "") for name in names)
-        return next((int(value) for value in values if value.isdecimal()), None)
-
-    return first_of("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK"), first_of("LOCAL_RANK")
 
 
 def state_of(pid: int | str) -> str:
