@@ -221,6 +221,18 @@ def test_process_of_another_user_is_left_alone(
     assert process_state(other) == "S"
 
 
+def test_dry_run_spares_the_tree(
+    file_link: Link, job: Callable[..., Child], mark: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nobody is signalled, so nobody is looked for or stopped either."""
+    worker = job("start(); stay()")
+    found = pids(worker, 2)
+    with running(file_link.server(kill_tree=True, dry_run=True)):
+        file_link.put(worker.pid, "block", time.time() + 0.1)
+        eventually(lambda: records(caplog, "Dry run: would have"))
+    assert states(found) <= {"R", "S"}
+
+
 # Soft signals ------------------------------------------------------------------------------------
 
 SOFT = """
@@ -383,6 +395,47 @@ def test_hook_that_only_tells_leaves_nobody_stopped(
         # What it was told of was its end, if not ours.
         eventually(lambda: not marked_processes(mark), timeout=5)
     assert seen == [{"T"}]
+
+
+def release_late(link: Link, scope: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Have the first worker that is stopped release a timer in that moment; who that was."""
+    hold = _tree.Trees.hold
+    late: list[int] = []
+
+    def hold_slowly(trees: _tree.Trees, process: ProcessHandle, stop: bool) -> None:
+        hold(trees, process, stop)
+        if stop and not late:
+            late.append(process.pid)
+            link.put(process.pid, scope, -1)
+
+    monkeypatch.setattr(_tree.Trees, "hold", hold_slowly)
+    return late
+
+
+@pytest.mark.parametrize("signal_", [signal.SIGKILL, signal.SIGTERM])
+def test_release_of_the_last_moment_counts(
+    file_link: Link,
+    job: Callable[..., Child],
+    mark: str,
+    monkeypatch: pytest.MonkeyPatch,
+    signal_: signal.Signals,
+) -> None:
+    """Written while the tree was looked for: the worker goes on, and another is killed as ever."""
+    late = release_late(file_link, "block", monkeypatch)
+    worker, other = job(SOFT, "lives"), job("start(); stay()")
+    found = pids(worker, 2)
+    pids(other, 2)
+    with running(file_link.server(kill_tree=True, kill_after=0.3)) as server:
+        request = FileTimerRequest(worker.pid, "block", time.time() + 0.1, signal_)
+        server.register_timers([request])
+        eventually(lambda: late == [worker.pid])
+        eventually(lambda: not server._timers and not server._signalled)
+        eventually(lambda: states(found) <= {"R", "S"})
+        overrun = time.time() + 0.1
+        for scope in ("block", "other"):
+            file_link.put(other.pid, scope, overrun)
+        assert other.wait() == -signal.SIGKILL
+        eventually(lambda: marked_processes(mark).keys() == set(found), timeout=5)
 
 
 def test_hook_that_fails_leaves_nobody_stopped(
@@ -682,3 +735,37 @@ def test_search_that_fails_at_its_end(
 def test_parent_outside_of_the_container_sees_no_stop() -> None:
     """Of process 1's parent nothing is known; it has seen worse."""
     assert not _tree._stops_with(known(1, 0))
+
+
+def test_worker_that_is_forgiven_one_block_dies_for_another(
+    file_link: Link, job: Callable[..., Child], mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It leaves the block of its soft signal when it is about to be killed: its tree dies, too."""
+    release_late(file_link, "soft", monkeypatch)
+    worker = job(SOFT, "lives")
+    pids(worker, 2)
+    with running(file_link.server(kill_tree=True)):
+        put_soft(file_link, worker.pid, scope="soft")
+        assert worker.readline() == "worker had 15"
+        file_link.put(worker.pid, "hard", time.time() + 0.1)
+        assert worker.wait() == -signal.SIGKILL
+        eventually(lambda: not marked_processes(mark), timeout=5)
+
+
+def test_release_of_the_last_moment_is_for_one_block(
+    file_link: Link, job: Callable[..., Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For another that it has overrun the worker gets what that asks for."""
+    release_late(file_link, "hard", monkeypatch)
+    worker = job(SOFT, "dies")
+    pids(worker, 2)
+    with running(file_link.server(kill_tree=True)) as server:
+        past = time.time() - 1
+        server.register_timers(
+            [
+                FileTimerRequest(worker.pid, "hard", past, signal.SIGKILL),
+                FileTimerRequest(worker.pid, "soft", past + 0.5, signal.SIGTERM),
+            ]
+        )
+        assert worker.readline() == "worker had 15"
+        assert worker.wait() == 3

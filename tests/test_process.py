@@ -19,8 +19,10 @@ from elastic_timer._server.process import (
     ProcessHandle,
     SpareDescriptor,
     is_running,
+    name_of,
     refusal,
     state_of,
+    user_of,
 )
 from tests.support import (
     Fork,
@@ -385,3 +387,15 @@ def test_module_needs_no_pidfd(spawn: Callable[..., Any]) -> None:
         """
     )
     assert child.readline() == "None False"
+
+
+@pytest.mark.skipif(not HAS_PROC, reason="no /proc on this system")
+def test_name_and_user(fork_worker: Callable[..., Any]) -> None:
+    """Of a process that is there what the system has; of one that is gone nothing."""
+    worker = fork_worker(wait_to_be_killed)
+    with open("/proc/self/comm") as file:
+        assert name_of(worker.pid) == file.read().rstrip("\n")
+    assert user_of(worker.pid) == os.getuid()
+    worker.process.kill()
+    worker.process.join()
+    assert (name_of(worker.pid), user_of(worker.pid)) == ("", None)

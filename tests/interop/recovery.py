@@ -65,12 +65,21 @@ class Training:
         folder: Where the job and its nodes write.
         port: A free one.
         options: Those of `run`.
+        job: The script of the ranks.
     """
 
-    def __init__(self, way: Way, where: str, folder: Path, port: int, *options: str) -> None:
+    def __init__(
+        self,
+        way: Way,
+        where: str,
+        folder: Path,
+        port: int,
+        *options: str,
+        job: str = "all_reduce.py",
+    ) -> None:
         self._record = folder / "record"
         self._record.touch()
-        script = [str(JOBS / "all_reduce.py"), str(folder), str(HANGING_RANK), where]
+        script = [str(JOBS / job), str(folder), str(HANGING_RANK), where]
         self.nodes: list[Job] = []
         for node, ranks in zip(way.nodes, way.ranks, strict=True):
             torchrun = [*TORCHRUN, *(option.replace("PORT", str(port)) for option in node)]

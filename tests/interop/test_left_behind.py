@@ -2,47 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
-import sys
+from pathlib import Path
 
 import pytest
 
-from tests.interop.conftest import JOBS, MARK, Job, Launch
+from tests.interop.conftest import MARK
+from tests.interop.recovery import RECOMMENDED, Training
 from tests.support import eventually, kill_marked, marked_processes
 
 pytest.importorskip("torch", reason="needs torch: pip install 'elastic-timer[interop]'")
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--max-restarts", "2", "--standalone"]
-TORCHRUN += ["--local-addr", "127.0.0.1", "--nproc-per-node", "2"]
 # The processes that left_behind.py starts.
 STARTED = 6
 
 
-def recover(launch: Launch, *options: str) -> Job:
-    """Run the job with a rank that hangs, is reaped, and is started anew."""
-    command = [*TORCHRUN, str(JOBS / "left_behind.py"), "1", "outside"]
-    job = launch("-m", "elastic_timer", "run", *options, "--", *command)
-    assert job.wait() == 0, job.output
-    assert "rank 1 has finished attempt 1" in job.output
-    return job
+def recover(folder: Path, port: int, *options: str) -> str:
+    """Run the job with a rank that hangs, is reaped, and is started anew; its output."""
+    way = RECOMMENDED["standalone"]
+    job = Training(way, "outside", folder, port, *options, job="left_behind.py")
+    with contextlib.closing(job):
+        assert job.wait(90) == [0], job.output
+        assert job.attempts() == 2, job.output
+    return job.output
 
 
-def test_with_kill_tree_nothing_is_left(launch: Launch) -> None:
+def test_with_kill_tree_nothing_is_left(tmp_path: Path, free_port: int) -> None:
     """All are gone with their rank; at the end there is nothing to tell of."""
-    job = recover(launch, "--kill-tree")
+    output = recover(tmp_path, free_port, "--kill-tree")
     assert marked_processes(f"{MARK}={os.environ[MARK]}") == {}
-    killed = re.findall(r"Killed what worker \d+ had started: (.*)", job.output)
-    assert sum(len(line.split(", ")) for line in killed) >= STARTED
-    assert "COMMAND has left behind" not in job.output
+    killed = re.findall(r"Killed what worker \d+ had started: (.*)", output)
+    assert sum(len(line.split(", ")) for line in killed) >= STARTED, output
+    assert "COMMAND has left behind" not in output
 
 
-def test_without_it_each_that_is_left_is_named(launch: Launch) -> None:
+def test_without_it_each_that_is_left_is_named(tmp_path: Path, free_port: int) -> None:
     """They live on, adopted by `run`, until the job is done; then the warning has them all."""
     mark = f"{MARK}={os.environ[MARK]}"
-    job = recover(launch)
+    output = recover(tmp_path, free_port)
     left = marked_processes(mark)
-    named = job.output.partition("COMMAND has left behind")[2]
-    assert set(map(int, re.findall(r"^  (\d+) \(", named, re.M))) == left.keys(), job.output
+    named = output.partition("COMMAND has left behind")[2]
+    assert set(map(int, re.findall(r"^  (\d+) \(", named, re.M))) == left.keys(), output
     assert len(left) >= STARTED
     eventually(lambda: not kill_marked(mark))

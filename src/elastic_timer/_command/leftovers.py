@@ -14,7 +14,7 @@ import time
 from collections.abc import Container, Set
 
 from elastic_timer._evidence.facts import read_facts
-from elastic_timer._server.callbacks import contained_logger
+from elastic_timer._server.callbacks import PATIENCE, contained_logger, flush_log
 from elastic_timer._server.process import user_of
 from elastic_timer._server.tree import UNKILLABLE_AFTER, ProcessTable, Tree, still_there
 
@@ -78,19 +78,24 @@ class Leftovers:
         if not self._adopts:
             return
         with contextlib.closing(Tree(self._users)) as tree:
-            left = self._wait(tree, _ENDS_BY_ITSELF)
-            if left:
-                advice = "" if self._kill else " (it would be ended with --kill-tree)"
-                logger.warning("COMMAND has left behind%s:%s", advice, _described(left))
-            if not self._kill or not tree.pids():
-                return
-            tree.send(signal.SIGTERM)
-            tree.send(signal.SIGCONT)  # One that is stopped takes no other signal.
-            self._wait(tree, _PATIENCE)
-            if tree.pids():
-                left = self._wait(tree, UNKILLABLE_AFTER, kill=True)
-            if tree.pids():
-                logger.error("COMMAND has left behind, and it is still there:%s", _described(left))
+            self._end(tree)
+        # The server, at whose stop the log catches up, has been stopped before.
+        flush_log(PATIENCE)
+
+    def _end(self, tree: Tree) -> None:
+        left = self._wait(tree, _ENDS_BY_ITSELF)
+        if left:
+            advice = "" if self._kill else " (it would be ended with --kill-tree)"
+            logger.warning("COMMAND has left behind%s:%s", advice, _described(left))
+        if not self._kill or not tree.pids():
+            return
+        tree.send(signal.SIGTERM)
+        tree.send(signal.SIGCONT)  # One that is stopped takes no other signal.
+        self._wait(tree, _PATIENCE)
+        if tree.pids():
+            left = self._wait(tree, UNKILLABLE_AFTER, kill=True)
+        if tree.pids():
+            logger.error("COMMAND has left behind, and it is still there:%s", _described(left))
 
     def _wait(self, tree: Tree, seconds: float, kill: bool = False) -> dict[int, str]:
         """Wait until nothing is left that may be ended.

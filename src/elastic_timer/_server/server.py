@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import logging
 import math
+import operator
 import os
 import signal as signals
 from collections.abc import Callable, Mapping
@@ -596,6 +597,11 @@ class ProcessServer(abc.ABC, Generic[_R]):
                 WorkerSpared(_clock.epoch(), pid, *ranks, timer, signal, late, scopes)
             )
             return
+        asking = [expired for expired in timers if self._signal_for(expired) == signal]
+        if not self._hold_tree(pid, signal, lambda: any(map(self._is_held, asking))):
+            # Looked at once more and at once, for what else it has overrun.
+            self._retries[pid] = _Retry(_clock.monotonic(), 0.0)
+            return
         pause = self._signal(pid, signal)
         if pause is not None:
             logger.error("Worker %s could not be signalled; trying again until it can be", pid)
@@ -625,13 +631,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
     def _signal(self, pid: int, signal: int) -> float | None:
         """Signal a worker; None if that is done, else the seconds before it is tried again.
 
-        With `kill_tree` what it has started is found before, while the worker is its parent still,
-        and killed if the worker was; if not it goes on, and so does the worker.
+        What is held of its tree is killed if the worker was. Else it goes on, and so does he.
         """
-        process = self._workers.process(pid)
-        if self._kill_tree and process is not None:
-            is_end = signal == signals.SIGKILL
-            self._with_tree(lambda: self._trees.hold(process, stop=is_end))
         pause: float | None = _FIRST_RETRY
         try:
             pause = None if self._send_signal(pid, signal) else _RETRY
@@ -645,6 +646,33 @@ class ProcessServer(abc.ABC, Generic[_R]):
         else:
             self._with_tree(lambda: self._trees.let_go(pid))
         return pause
+
+    def _hold_tree(self, pid: int, signal: int, is_due: Callable[[], bool]) -> bool:
+        """With `kill_tree` find what a worker has started, while it is the parent still.
+
+        Args:
+            pid: The worker, which is stopped where it is about to be killed.
+            signal: What it is about to be sent.
+            is_due: Whether it is to be sent that still.
+
+        Returns:
+            Whether it is. If not, the worker goes on.
+        """
+        process = self._workers.process(pid)
+        if not self._kill_tree or process is None:
+            return True
+        hold = functools.partial(self._trees.hold, process, stop=signal == signals.SIGKILL)
+        self._with_tree(hold)
+        # This took a while. A release that was written before the stop is there by now.
+        if self._take_last_minute():
+            if not is_due():
+                self._trees.let_go(pid)
+                return False
+            self._with_tree(hold)  # Let go of where it was forgiven an earlier signal.
+        return True
+
+    def _is_held(self, timer: _R) -> bool:
+        return self._timers.get((timer.worker_id, timer.scope_id)) is timer
 
     def _with_tree(self, step: Callable[[], object]) -> None:
         # Without descriptors, for instance: the worker itself is reaped all the same.
@@ -695,8 +723,12 @@ class ProcessServer(abc.ABC, Generic[_R]):
                     _UNKILLABLE_AFTER,
                     state_of(pid),
                 )
-            elif (self._take_last_minute() and pid not in self._signalled) or self._workers.is_gone(
-                pid, self.is_process_running
+            elif (
+                (self._take_last_minute() and pid not in self._signalled)
+                or self._workers.is_gone(pid, self.is_process_running)
+                or not self._hold_tree(
+                    pid, signals.SIGKILL, functools.partial(operator.contains, self._signalled, pid)
+                )
             ):
                 continue
             elif self._signal(pid, signals.SIGKILL) is None:

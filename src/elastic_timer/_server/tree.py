@@ -215,13 +215,14 @@ class Tree:
             return False
         user = user_of(known.pid)
         # Asked last: it is this process that all the answers were about.
-        if not _is(known) or user not in self._users or process.has_exited():
-            if user is not None and user not in self._users:
-                self.others[known.pid] = known.start
-            process.close()
-            return False
-        self._held[known.pid] = _Held(process, known, is_stopped=False)
-        return True
+        is_there = _is(known) and not process.has_exited()
+        if is_there and user in self._users:
+            self._held[known.pid] = _Held(process, known, is_stopped=False)
+            return True
+        process.close()
+        if is_there:
+            self.others[known.pid] = known.start
+        return False
 
     def _stop(self, pids: Iterable[int]) -> None:
         for pid in pids:
@@ -237,7 +238,7 @@ class Tree:
         except ProcessLookupError:
             pass  # It has ended meanwhile.
         except OSError as error:
-            logger.error("Process %s can't be sent signal %s: %s", pid, signal, error)
+            logger.error("Process %s can't be sent signal %d: %s", pid, signal, error)
 
 
 def _leads(known: Known | None) -> bool:
@@ -247,7 +248,7 @@ def _leads(known: Known | None) -> bool:
 def _is(known: Known) -> bool:
     """Whether it is still this process that has the number; it may have ended."""
     stat = stat_of(known.pid)
-    return bool(stat) and stat is not None and stat[19] == known.start
+    return bool(stat and stat[19] == known.start)
 
 
 def _wait_until_stopped(pids: Iterable[int]) -> None:

@@ -1,6 +1,6 @@
 """all_reduce.py, whose hanging rank has started other processes by then.
 
-Usage, below torchrun: left_behind.py HANGING_RANK WHERE
+Usage, below torchrun: left_behind.py FOLDER HANGING_RANK WHERE
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-HANGS = os.environ["RANK"] == sys.argv[1] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+HANGS = os.environ["RANK"] == sys.argv[2] and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
 
 if __name__ == "__main__":
     if HANGS:
