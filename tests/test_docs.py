@@ -121,7 +121,8 @@ def run(spawn: Spawn, tmp_path: Path) -> Callable[..., str]:
         script.chmod(0o755)
     environment = {
         "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
-        "TMPDIR": str(tmp_path / "tmp"),
+        # Beside torch a link to a folder with a short path, as sockets need it.
+        "TMPDIR": str((tmp_path / "tmp").resolve()),
     }
 
     def call(*command: str, **popen_kwargs: Any) -> str:

@@ -10,6 +10,7 @@ import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,9 +32,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder for sockets, as data loaders and Ray have them: 107 characters are all of a path."""
+    with tempfile.TemporaryDirectory("", "et-", "/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
 @pytest.fixture(autouse=True)
 def _leaves_no_process_and_no_fifo(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, short_folder: Path
 ) -> Iterator[None]:
     """Hold each test to ending every process below it, orphans too, and removing every FIFO.
 
@@ -41,10 +49,9 @@ def _leaves_no_process_and_no_fifo(
     in sessions of their own, and an agent that is killed leaves them to init.
     """
     mark = f"{MARK}={uuid.uuid4()}"
-    temporary = tmp_path / "tmp"
-    temporary.mkdir()
+    (tmp_path / "tmp").symlink_to(short_folder)
     monkeypatch.setenv(*mark.split("="))
-    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setenv("TMPDIR", str(short_folder))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     yield
     try:
@@ -52,7 +59,8 @@ def _leaves_no_process_and_no_fifo(
     except AssertionError:
         if left := kill_marked(mark):
             pytest.fail(f"left behind: {left}", pytrace=False)
-    fifos = [path for path in tmp_path.rglob("*") if stat.S_ISFIFO(path.lstat().st_mode)]
+    paths = [*tmp_path.rglob("*"), *short_folder.rglob("*")]
+    fifos = [path for path in paths if stat.S_ISFIFO(path.lstat().st_mode)]
     assert not fifos, "left behind"
 
 

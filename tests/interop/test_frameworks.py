@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import secrets
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,14 +21,13 @@ PAGES = [page for page, blocks in BLOCKS.items() if any(block.needs for block in
 
 @pytest.fixture
 def _ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Ray with a folder of its own, which has to have a short path, and its own secret."""
-    folder = tempfile.mkdtemp(dir="/tmp")
-    monkeypatch.setenv("RAY_TMPDIR", folder)
+    """Ray with a secret and a folder of its own, which has a short path."""
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    yield
-    shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory("", "et-", "/tmp", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        yield
 
 
 @pytest.mark.usefixtures("_ray")
