@@ -141,6 +141,13 @@ def test_waits_outside_of_the_block() -> None:
     assert ask(*waiting(0, 1, 2), member(3, *HANGS), outside)["suspected"] == [3]
 
 
+def test_outside_of_the_block_for_all_that_is_known() -> None:
+    """Without its stacks nothing is known of a rank that another server watches."""
+    unknown = member(4, scope=None, stacks_missing="py-spy: not permitted")
+    assert ask(*waiting(0, 1, 2), member(3, *HANGS), unknown)["suspected"] == [3]
+    assert ask(*waiting(0, 1, 2), unknown, world_size=None)["suspected"] == []
+
+
 def test_ahead_of_those_that_hang() -> None:
     """Most are stuck, and those who wait for them in the next block are nobody's suspects."""
     stuck = [member(rank, *LOADS) for rank in range(5)]
