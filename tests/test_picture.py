@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from elastic_timer import debug_info_logging
 from elastic_timer._evidence.picture import (
     Answer,
     Member,
@@ -139,6 +140,13 @@ def test_waits_outside_of_the_block() -> None:
     """It waits for the one that hangs, as the others do."""
     outside = member(4, *BARRIER, scope=None)
     assert ask(*waiting(0, 1, 2), member(3, *HANGS), outside)["suspected"] == [3]
+
+
+def test_outside_of_the_block_for_all_that_is_known() -> None:
+    """Without its stacks nothing is known of a rank that another server watches."""
+    unknown = member(4, scope=None, stacks_missing="py-spy: not permitted")
+    assert ask(*waiting(0, 1, 2), member(3, *HANGS), unknown)["suspected"] == [3]
+    assert ask(*waiting(0, 1, 2), unknown, world_size=None)["suspected"] == []
 
 
 def test_ahead_of_those_that_hang() -> None:
@@ -277,6 +285,18 @@ def test_polling_in_a_library() -> None:
     outside = (f"barrier ({torch}:5356)", "step (train.py:90)")
     answer = ask(*(member(rank, *inner, *outside) for rank, inner in enumerate(inside)))
     assert [group["ranks"] for group in answer["groups"]] == [[0, 1, 2]]
+
+
+def test_names_that_a_program_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each counts once; a rank that is in one of them waits."""
+    monkeypatch.setattr(debug_info_logging, "_collectives", [])
+    assert debug_info_logging.collectives() == ()
+    for name in ("synchronize", "reduce", "reduce"):
+        debug_info_logging.add_collective(name)
+    assert debug_info_logging.collectives() == ("synchronize", "reduce")
+    ranks = picture([member(0, "reduce (train.py:5)"), member(1, *HANGS)])
+    assert who_hangs([ranks])["suspected"] == []
+    assert who_hangs([ranks], debug_info_logging.collectives())["suspected"] == [1]
 
 
 # What is not known --------------------------------------------------------------------------------

@@ -322,11 +322,14 @@ def _behind(seen: Sequence[Seen]) -> _Verdict:
         told = fold_ranks(reached)
         return behind, f"behind: pass {told} of {block}, where the others are in pass {usual}"
     # Somebody outside who has been in it may as well be further on than those inside, unless they
-    # wait for him.
-    if any(one.place for one in seen) and not any(one.waits for one in seen):
+    # wait for him, and he for nobody; a server knows no block of a rank that another one watches.
+    has_stacks = any(one.place for one in seen)
+    if has_stacks and not any(one.waits for one in seen):
         return _NOBODY
     outside = frozenset(
-        index for index, one in enumerate(seen) if not scopes[index] and not one.waits
+        index
+        for index, one in enumerate(seen)
+        if not scopes[index] and (one.is_elsewhere or not has_stacks)
     )
     if _fewer(seen, outside):
         return outside, f"not in {block}, where the others are"
