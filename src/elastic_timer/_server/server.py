@@ -6,6 +6,7 @@ import abc
 import dataclasses
 import logging
 import signal as signals
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
@@ -54,6 +55,10 @@ _SHORTEST_INTERVAL = 0.001
 # How long, in seconds, all who are to be signalled in one round may wait together until listeners
 # have heard of their expiry. One that blocks makes them late by so much.
 _HEAD_START = 0.01
+
+# How long, in seconds, a round waits for the evidence on those who are due, unless another deadline
+# comes before. In most cases it is there by then; if not, the rounds go on without it.
+_EVIDENCE_FIRST = 0.05
 
 # The pause after requests could not be got: an error that comes back at once must not burn a core.
 _ERROR_PAUSE = 0.1
@@ -213,6 +218,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._reports = callbacks.Callbacks()
         self._collector = Collector(self._run_id, self._tell)
         self._inquests: dict[int, _Inquest] = {}
+        self._found = threading.Event()
         self._is_blocked = False
 
     def __enter__(self) -> Self:
@@ -386,6 +392,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         known = self._retries.keys() | self._inquests.keys()
         fresh = {pid: timers for pid, timers in expired.items() if pid not in known}
         self._contained(lambda: self._report(fresh), lambda: None)
+        self._let_evidence_come()
         due = [pid for pid, timers in expired.items() if self._is_due(pid, timers)]
         # Later: the listeners' threads would take the interpreter's lock from the loop, for
         # milliseconds at a time.
@@ -404,6 +411,18 @@ class ProcessServer(abc.ABC, Generic[_R]):
         killed = {pid for pid in due if self._workers.was_killed(pid)}
         if killed:
             self._contained(lambda: self.clear_timers(killed), lambda: self._workers.clear(killed))
+
+    def _let_evidence_come(self) -> None:
+        """Wait a moment for what is being found out, unless some of it is there already.
+
+        The thread that finds it out has the interpreter's lock the sooner.
+        """
+        self._found.clear()
+        awaited = [each for each in self._inquests.values() if not each.is_announced]
+        if awaited and not any(each.is_over() for each in awaited):
+            deadline = self._workers.next_deadline()
+            left = _EVIDENCE_FIRST if deadline is None else deadline - _clock.monotonic()
+            self._found.wait(max(0.0, min(left, _EVIDENCE_FIRST)))
 
     def _is_due(self, pid: int, timers: list[_R]) -> bool:
         """Whether the time has come to reap an expired worker."""
@@ -433,8 +452,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
 
         def announce() -> None:
             callbacks.run_contained(lambda: callback(event))
-            inquest.is_done = True
-            self._loop.wake()
+            self._let_go_on([inquest])
 
         if not callbacks.Callbacks().submit(announce):
             inquest.is_done = True
@@ -683,6 +701,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
     def _let_go_on(self, inquests: list[_Inquest]) -> None:
         for inquest in inquests:
             inquest.is_done = True
+        self._found.set()
         self._loop.wake()
 
     def _contained(self, hook: Callable[[], _Result], instead: Callable[[], _Result]) -> _Result:
@@ -734,7 +753,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
     def _flush(self) -> None:
         """Let listeners and the log catch up, those that block for a second at most."""
         end = _clock.monotonic() + callbacks.PATIENCE
-        self._events.flush(callbacks.PATIENCE)
+        self._reports.flush(callbacks.PATIENCE)
+        self._events.flush(end - _clock.monotonic())
         callbacks.flush_log(end - _clock.monotonic())
 
     def _log_signalled(self, event: Event) -> None:
