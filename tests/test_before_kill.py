@@ -79,7 +79,7 @@ def test_native_stacks(run: Run, tmp_path: Path) -> None:
     child = run("--native", "--before-kill", f"cat > {shlex.quote(str(path))}", *workers("0.2"))
     assert child.wait() == 0
     frames = json.loads(path.read_text())["stacks"][0]["frames"]
-    assert any("nanosleep" in frame["function"] for frame in frames)
+    assert any("libc" in frame["file"] for frame in frames)
 
 
 def test_one_that_hangs_is_killed_with_its_children(run: Run, tmp_path: Path) -> None:

@@ -69,16 +69,20 @@ def run_one(ranks: int, kind: str, stuck_rank: int | None, after: float) -> dict
     with tempfile.TemporaryDirectory() as folder:
         events = Path(folder) / "events"
         started = time.monotonic()
-        job = subprocess.run(
-            command(events, ranks, kind, stuck_rank, after),
-            env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=120,
-            check=False,
-        )
-        log = job.stderr.decode(errors="replace")
-        told = [line for line in log.splitlines() if line.startswith(("suspect", "no suspect"))]
+        log = Path(folder) / "log"
+        # Not to a pipe: what outlives the job would keep it open.
+        with log.open("wb") as stderr:
+            subprocess.run(
+                command(events, ranks, kind, stuck_rank, after),
+                env={**os.environ, "PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+                timeout=120,
+                check=False,
+            )
+        text = log.read_text(errors="replace")
+        told = [line for line in text.splitlines() if line.startswith(("suspect", "no suspect"))]
         lines = [json.loads(line) for line in events.read_text().splitlines()]
     return {
         "ranks": ranks,

@@ -10,6 +10,7 @@ import math
 import operator
 import os
 import signal as signals
+import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
@@ -66,6 +67,10 @@ _HEAD_START = 0.01
 # A wait that takes longer than this, in seconds, was for something that was not there before it: on
 # a busy machine one that finds something at once may take some milliseconds.
 _AT_ONCE = 0.05
+
+# How long, in seconds, a round waits for the evidence on those who are due, unless another deadline
+# comes before. In most cases it is there by then; if not, the rounds go on without it.
+_EVIDENCE_FIRST = 0.05
 
 # The pause after requests could not be got: an error that comes back at once must not burn a core.
 _ERROR_PAUSE = 0.1
@@ -245,6 +250,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._reports = callbacks.Callbacks()
         self._collector = Collector(self._run_id, self._tell)
         self._inquests: dict[int, _Inquest] = {}
+        self._found = threading.Event()
         self._is_blocked = False
 
     def __enter__(self) -> Self:
@@ -430,6 +436,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         known = self._retries.keys() | self._inquests.keys()
         fresh = {pid: timers for pid, timers in expired.items() if pid not in known}
         self._contained(lambda: self._report(fresh), lambda: None)
+        self._let_evidence_come()
         due = [pid for pid, timers in expired.items() if self._is_due(pid, timers)]
         # Later: the listeners' threads would take the interpreter's lock from the loop, for
         # milliseconds at a time.
@@ -448,6 +455,18 @@ class ProcessServer(abc.ABC, Generic[_R]):
         killed = {pid for pid in due if self._workers.was_killed(pid)}
         if killed:
             self._contained(lambda: self.clear_timers(killed), lambda: self._workers.clear(killed))
+
+    def _let_evidence_come(self) -> None:
+        """Wait a moment for what is being found out, unless some of it is there already.
+
+        The thread that finds it out has the interpreter's lock the sooner.
+        """
+        self._found.clear()
+        awaited = [each for each in self._inquests.values() if not each.is_announced]
+        if awaited and not any(each.is_over() for each in awaited):
+            deadline = self._workers.next_deadline()
+            left = _EVIDENCE_FIRST if deadline is None else deadline - _clock.monotonic()
+            self._found.wait(max(0.0, min(left, _EVIDENCE_FIRST)))
 
     def _is_due(self, pid: int, timers: list[_R]) -> bool:
         """Whether the time has come to reap an expired worker."""
@@ -479,8 +498,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
 
         def announce() -> None:
             callbacks.run_contained(lambda: callback(event))
-            inquest.is_done = True
-            self._loop.wake()
+            self._let_go_on([inquest])
 
         if not callbacks.Callbacks().submit(announce):
             inquest.is_done = True
@@ -798,6 +816,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
     def _let_go_on(self, inquests: list[_Inquest]) -> None:
         for inquest in inquests:
             inquest.is_done = True
+        self._found.set()
         self._loop.wake()
 
     def _contained(self, hook: Callable[[], _Result], instead: Callable[[], _Result]) -> _Result:
@@ -857,7 +876,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
     def _flush(self) -> None:
         """Let listeners and the log catch up, those that block for a second at most."""
         end = _clock.monotonic() + callbacks.PATIENCE
-        self._events.flush(callbacks.PATIENCE)
+        self._reports.flush(callbacks.PATIENCE)
+        self._events.flush(end - _clock.monotonic())
         callbacks.flush_log(end - _clock.monotonic())
 
     def _log_signalled(self, event: Event) -> None:

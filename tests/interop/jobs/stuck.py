@@ -55,8 +55,10 @@ def locks() -> None:
 
 
 def load(samples: multiprocessing.Queue[int]) -> None:
-    """The loader: its disk does not answer."""
-    time.sleep(FOR_GOOD)
+    """The loader: nothing comes, as long as there is somebody who waits for it."""
+    rank = os.getppid()
+    while os.getppid() == rank:
+        time.sleep(0.2)
     samples.put(0)
 
 
