@@ -78,9 +78,43 @@ def _resource_tracker() -> None:
         resource_tracker.ensure_running()
 
 
+@pytest.fixture(scope="session")
+def _doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
+    """Two files on which the workers of pytest-xdist lock each other out; none without workers."""
+    folder = tmp_path_factory.getbasetemp().parent
+    names = ("outer", "inner") if "PYTEST_XDIST_WORKER" in os.environ else ()
+    doors = [os.open(folder / f"{name}-door", os.O_RDWR | os.O_CREAT, 0o600) for name in names]
+    yield doors
+    for door in doors:
+        os.close(door)
+
+
+@pytest.fixture(autouse=True)
+def _runs_beside_others(request: pytest.FixtureRequest, _doors: list[int]) -> Iterator[None]:
+    """Let a test that is marked `alone` run while no other test does."""
+    if not _doors:
+        yield
+        return
+    import fcntl
+
+    kind = fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH
+    # Without the outer one a test that is to be alone would wait for as long as others follow each
+    # other within the inner.
+    outer, inner = _doors
+    fcntl.flock(outer, kind)
+    fcntl.flock(inner, kind)
+    fcntl.flock(outer, fcntl.LOCK_UN)
+    yield
+    # Not by closing it: processes that the test has forked may have it open, too.
+    fcntl.flock(inner, fcntl.LOCK_UN)
+
+
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind(
-    request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture, _resource_tracker: None
+    request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
+    _resource_tracker: None,
+    _runs_beside_others: None,
 ) -> Iterator[None]:
     """Fail a test that leaves a thread, a child process or an open descriptor behind."""
     descriptors = set(open_descriptors())

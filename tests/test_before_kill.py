@@ -73,6 +73,15 @@ def test_it_has_the_worker_and_the_evidence(run: Run, tmp_path: Path) -> None:
     assert child.stderr_text().count("printed\n") == 2
 
 
+def test_native_stacks(run: Run, tmp_path: Path) -> None:
+    """With --native the evidence has C frames."""
+    path = tmp_path / "evidence"
+    child = run("--native", "--before-kill", f"cat > {shlex.quote(str(path))}", *workers("0.2"))
+    assert child.wait() == 0
+    frames = json.loads(path.read_text())["stacks"][0]["frames"]
+    assert any("nanosleep" in frame["function"] for frame in frames)
+
+
 def test_one_that_hangs_is_killed_with_its_children(run: Run, tmp_path: Path) -> None:
     """At the end of its time, and with it what it has started; then the worker is killed."""
     pids = tmp_path / "pids"
@@ -169,8 +178,12 @@ def test_release_meanwhile_is_honoured(link: Link, fork_worker: Fork) -> None:
         assert_reaped_in_time(other, other.receive())
         assert is_alive(worker)
         eventually(lambda: any(isinstance(record, WorkerSignalled) for record in records))
-    signalled = [record.pid for record in records if isinstance(record, WorkerSignalled)]
-    assert signalled == [other.pid]
+        signalled = [record.pid for record in records if isinstance(record, WorkerSignalled)]
+        assert signalled == [other.pid]
+        # When it overruns again, all of it is done again.
+        link.put(worker.pid, "block", time.time())
+        assert worker.wait() == -signal.SIGKILL
+    assert called == [worker.pid, 0, other.pid, worker.pid]
 
 
 def test_one_that_only_reports_has_none(file_link: Link, fork_worker: Fork) -> None:

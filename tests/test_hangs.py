@@ -77,7 +77,7 @@ def test_several_jobs() -> None:
 
 
 def test_jobs_of_one_name() -> None:
-    """Each is called "none" by torchrun that has no other name; those of one have each rank once."""
+    """A job without one is called "none" by torchrun; it has each of its ranks once."""
     one = [sighting(0, time, pid=7) for time in (0.0, 5.5)]
     other = [sighting(0, time, host="node-9", pid=7) for time in (0.5, 6.0)]
     assert hosts_of(hangs_of([*one, *other])) == [["node-0"] * 2, ["node-9"] * 2]

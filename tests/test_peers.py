@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from elastic_timer import FileTimerServer
+from elastic_timer import FileTimerRequest, FileTimerServer
 from elastic_timer._evidence import collector, facts
 from elastic_timer._server.events import Event, JobHangs, TimerExpired, WorkerSignalled
 from elastic_timer._server.job import Job, job_of
@@ -289,6 +289,24 @@ def test_two_jobs_on_one_host_are_not_mixed(
     assert [member["pid"] for member in picture["members"]] == mine.pids
     assert dumped(dumps) == sorted(mine.pids)
     assert all(map(is_alive, others.pids))
+
+
+def test_two_jobs_that_expire_at_once(
+    link: Link, server: Any, spawn: Spawn, records: list[Event], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each has a picture and an answer of its own."""
+    doing = ["wait", "wait", "load"]
+    jobs = [Ranks(spawn, doing, {"TORCHELASTIC_RUN_ID": name}) for name in ("daily", "nightly")]
+    pids = [pid for job in jobs for pid in job.pids]
+    now = time.time()
+    server.register_timers([FileTimerRequest(pid, "train.py#42", now, 9) for pid in pids])
+    for pid in pids:
+        wait_dead(pid)
+    eventually(lambda: len(pictures(records)) == 2)
+    told = {picture["job"]["run_id"]: members(picture) for picture in pictures(records)}
+    for job, name in zip(jobs, ("daily", "nightly"), strict=True):
+        assert [told[name][rank]["pid"] for rank in sorted(told[name])] == job.pids
+    assert len(answers(caplog)) == 2
 
 
 def test_jobs_that_look_alike_are_told_apart_by_their_launchers(
@@ -568,6 +586,27 @@ def test_an_error_of_the_collector_costs_the_evidence_alone(
         assert other.wait() == -signal.SIGKILL
     assert "no room" in caplog.text
     assert [record.timer_pid for record in logged(caplog)] == [other.pid]
+
+
+def test_a_picture_that_failed_serves_nobody(
+    fifo_path: str,
+    spawn: Spawn,
+    monkeypatch: pytest.MonkeyPatch,
+    records: list[Event],
+) -> None:
+    """The next one to expire has a picture of its own, and does not wait for what never comes."""
+    job = Ranks(spawn, ["wait", "wait"])
+    with running(FileTimerServer(fifo_path, "run", 60)) as server:
+        server.subscribe(records.append)
+        link = Link("file", fifo_path)
+        link.put(job.pids[1], "train.py#42", time.time() + 1)
+        with monkeypatch.context() as patched:
+            patched.setattr(collector, "_answer", lambda case, picture: 1 / 0)
+            link.put(job.pids[0], "train.py#42", time.time())
+            wait_dead(job.pids[0])
+        wait_dead(job.pids[1])
+        (picture,) = eventually(lambda: pictures(records))
+    assert sorted(members(picture)) == [1]
 
 
 def test_an_error_before_the_collector_costs_the_evidence_alone(

@@ -85,6 +85,17 @@ def test_block_that_most_are_in() -> None:
     assert answer["suspected"] == [4]
 
 
+def test_block_of_other_hosts() -> None:
+    """How often a rank has entered it is not known where nobody on its host is in it."""
+    elsewhere = {"scope": "/home/me/data.py#70", "passes": {"/home/me/data.py#70": 7}}
+    answer = ask(*waiting(*range(9)), *(member(rank, *LOADS, **elsewhere) for rank in (12, 13)))
+    assert answer["suspected"] == [12, 13]
+    assert answer["reasons"] == ["the only ones that do not wait in a collective"]
+    # Where one is, it is known of the others that they are not.
+    answer = ask(*waiting(*range(9), 14), *(member(rank, *LOADS, **elsewhere) for rank in (12, 13)))
+    assert answer["reasons"][0].startswith("not in train.py#86 at all")
+
+
 def test_as_many_behind_as_not() -> None:
     """Neither are the odd ones; of as many in one pass as in another the later one is the usual."""
     behind = waiting(0, 1, passes={BLOCK: 6})

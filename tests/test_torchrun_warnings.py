@@ -136,7 +136,7 @@ def test_defaults_from_the_environment() -> None:
     assert said("torchrun train.py", PET_STANDALONE="yes") == []
 
 
-@pytest.mark.parametrize("command", [" ".join(GOOD), C10D])
+@pytest.mark.parametrize("command", [" ".join(GOOD), C10D, C10D.replace("c10d", "etcd-v2")])
 def test_shared_store(command: str) -> None:
     """The user's own value of the variable stays, and is spoken of where it matters."""
     [text] = said(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="0")

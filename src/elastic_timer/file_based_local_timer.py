@@ -9,7 +9,6 @@ import os
 import signal as signals
 import stat
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -33,8 +32,10 @@ from elastic_timer._transport.pipe import (
     PIPE_BUF,
     SIGPIPE,
     UNREACHABLE_AFTER,
+    at_once,
     check_pipe,
     has_room,
+    may_wait,
     sigpipe_handler,
     too_large,
     write,
@@ -50,6 +51,8 @@ from elastic_timer.debug_info_logging import (
 
 if TYPE_CHECKING:
     from typing_extensions import ParamSpec
+
+    from elastic_timer._worker.optional import Lookout
 
     _P = ParamSpec("_P")
 
@@ -71,9 +74,6 @@ else:
 
 # Windows has no O_NONBLOCK, and no FIFO that could be opened.
 _OPEN_FLAGS = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)
-
-# Per thread: whether a client may wait for its server.
-_mode = threading.local()
 
 # How often a server looks whether its FIFO is still where it was made, in seconds: often enough
 # that clients, which try for about a second, find it again.
@@ -170,6 +170,9 @@ class FileTimerClient(TimerClient):
         file_path: The server's FIFO.
         signal: What to send this process when a timer expires. Zero or less means to report the
             timer and to leave the process alone.
+        required: Whether a request needs the server. Where it is False, requests do nothing while
+            the server can't be reached: that costs one warning in the log of each process, no error
+            and no wait. The server is looked for again every 5 s at most.
 
     Raises:
         TypeError: The signal is no number.
@@ -182,6 +185,8 @@ class FileTimerClient(TimerClient):
         self,
         file_path: str,
         signal: int = _DEFAULT_SIGNAL,
+        *,
+        required: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(signal, int):
@@ -198,6 +203,12 @@ class FileTimerClient(TimerClient):
         )
         self._is_owner_known = False
         self.signal = signal
+        self._lookout: Lookout | None = None
+        if not required:
+            # Here, as others need it not.
+            from elastic_timer._worker.optional import Lookout
+
+            self._lookout = Lookout(self)
 
     def __eq__(self, other: object) -> bool:
         """Whether both send to the same server: what one of them owes, the other may send."""
@@ -245,7 +256,7 @@ class FileTimerClient(TimerClient):
                     os.close(fd)
                 return
         except OSError as error:
-            if not getattr(_mode, "waits", True):
+            if not may_wait():
                 raise self._unreachable(error) from error
             self._send_patiently(line)
 
@@ -270,11 +281,10 @@ class FileTimerClient(TimerClient):
 
     def _at_once(self, method: Callable[..., object], *args: object) -> None:
         """Call a method of this client that does not wait for the server, but fails at once."""
-        _mode.waits = False
-        try:
-            method(*args)
-        finally:
-            _mode.waits = True
+        if self._lookout is None:
+            at_once(method, *args)
+        else:
+            method(*args)  # It waits for no server, and fails for none.
 
     def _check_owner(self, fd: int) -> None:
         status = os.fstat(fd)
@@ -302,12 +312,14 @@ class FileTimerClient(TimerClient):
         When it returns, the request has left the process.
 
         Raises:
-            BrokenPipeError: The server could not be reached for about a second.
+            BrokenPipeError: The server is required and could not be reached for about a second.
             RuntimeError: The request does not fit in one atomic write; shorten the scope.
             ValueError: The expiration time is NaN or infinite.
         """
+        if self._lookout is not None and may_wait():
+            self._lookout.acquire(scope_id, expiration_time)
         # Without a request object, which takes long, unless somebody looks at those.
-        if type(self)._send_request is _send_request:
+        elif type(self)._send_request is _send_request:
             self._send(acquire_line(scope_id, expiration_time, self.signal))
         else:
             self._send_request(
@@ -318,10 +330,12 @@ class FileTimerClient(TimerClient):
         """Release a timer of this process; see `TimerClient.release`.
 
         Raises:
-            BrokenPipeError: The server could not be reached for about a second.
+            BrokenPipeError: The server is required and could not be reached for about a second.
             RuntimeError: The request does not fit in one atomic write.
         """
-        if type(self)._send_request is _send_request:
+        if self._lookout is not None and may_wait():
+            self._lookout.release(scope_id)
+        elif type(self)._send_request is _send_request:
             self._send(release_line(scope_id))
         else:
             self._send_request(FileTimerRequest(os.getpid(), scope_id, -1))

@@ -16,6 +16,7 @@ from elastic_timer import _clock
 from elastic_timer._server.callbacks import contained_logger
 from elastic_timer._server.server import ProcessServer
 from elastic_timer._transport import wire
+from elastic_timer._transport.pipe import at_once
 from elastic_timer._transport.queue_pipe import (
     PipeReader,
     PipeWriter,
@@ -97,6 +98,10 @@ class LocalTimerClient(TimerClient):
             ValueError: The queue is closed.
         """
         self._send(TimerRequest(os.getpid(), scope_id, -1))
+
+    def _at_once(self, method: Callable[..., object], *args: object) -> None:
+        """Call a method of this client that does not wait for a full queue, but fails at once."""
+        at_once(method, *args)
 
 
 class MultiprocessingRequestQueue(RequestQueue):

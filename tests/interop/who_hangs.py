@@ -78,7 +78,7 @@ def run_one(ranks: int, kind: str, stuck_rank: int | None, after: float) -> dict
             check=False,
         )
         log = job.stderr.decode(errors="replace")
-        told = [line.partition(": ")[2] for line in log.splitlines() if " suspect" in line]
+        told = [line for line in log.splitlines() if line.startswith(("suspect", "no suspect"))]
         lines = [json.loads(line) for line in events.read_text().splitlines()]
     return {
         "ranks": ranks,

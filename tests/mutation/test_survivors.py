@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import random
 import sys
 import threading
@@ -13,7 +15,12 @@ import pytest
 from elastic_timer import TimerClient, expires
 from elastic_timer._server.blocks import block_of
 from elastic_timer._server.table import TimerTable
-from elastic_timer._transport.wire import SHORTEST_REQUEST, decode
+from elastic_timer._transport.wire import (
+    SHORTEST_REQUEST,
+    acquire_line,
+    decode,
+    release_line,
+)
 
 
 class Recorder(TimerClient):
@@ -78,6 +85,25 @@ def test_timer_is_due_at_its_deadline_itself() -> None:
         assert table.expired(5.0) == {0: ["request"]}
         table.settle(5.0)
         assert table.next_deadline() is None
+
+
+def test_lines_of_this_process() -> None:
+    """Kept ready or not, they are what torch's client would write, byte for byte."""
+
+    def line(scope: str, expiration_time: float, signal: int) -> bytes:
+        request = {
+            "version": 1,
+            "pid": os.getpid(),
+            "scope_id": scope,
+            "expiration_time": expiration_time,
+            "signal": signal,
+        }
+        return json.dumps(request).encode() + b"\n"
+
+    for scope in ("train.py#86", '"expiration_time": 0', "%a"):
+        for moment in (1795150503.21, 1795150503):
+            assert acquire_line(scope, moment, 15) == line(scope, moment, 15)
+        assert release_line(scope) == line(scope, -1, 0)
 
 
 def test_largest_number_is_a_time() -> None:

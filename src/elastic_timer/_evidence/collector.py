@@ -160,7 +160,7 @@ class _Case:
         self.looks: dict[int, _Look] = {}
         # How many dumps are not there yet.
         self.outstanding = 0
-        # Those who wait for it, and since when they were late by how much.
+        # Those who wait for it: the JSON of their timers, and when they were found expired (epoch).
         self.waiting: dict[int, tuple[list[str], float]] = {}
         # Of whom its answer has told all that is to be read; None before that.
         self.told: set[int] | None = None
@@ -226,8 +226,10 @@ class Collector:
                         for take, stacks in dumps.wait(_ATTENTION):
                             take(stacks)
                     self._report_complete()
-        finally:
-            self._open = []
+        except BaseException:
+            # What is not complete never will be.
+            self._open, self._pictures = [], {}
+            raise
 
     def _begin(self, request: _Request, dumps: Dumps) -> None:
         now = _clock.epoch()
@@ -236,11 +238,12 @@ class Collector:
         for pid, timers in request.expired.items():
             standing = standings.get(pid) or _unknown(pid)
             case = self._case_of(standing, request)
-            if case not in self._open:
+            if not case.looks:
+                case.looks = {member: _Look(member) for member in case.members}
+                begun.append(case)
                 self._open.append(case)
-                if not case.looks:
-                    begun.append(case)
-                    case.looks = {member: _Look(member) for member in case.members}
+            elif case not in self._open:
+                self._open.append(case)
             case.waiting[pid] = timers, now
         deadline = _clock.monotonic() + request.timeout if request.timeout > 0 else None
         everybody = {pid for case in self._open for pid in case.members}
@@ -312,7 +315,7 @@ class Collector:
         complete = [case for case in self._open if case.is_complete()]
         if not complete:
             return
-        self._open = [case for case in self._open if case not in complete]
+        self._open = [case for case in self._open if not case.is_complete()]
         findings = Findings({}, {})
         for case in complete:
             for pid, (timers, now) in case.waiting.items():
@@ -363,22 +366,21 @@ def _members(standing: Standing, request: _Request) -> dict[int, Standing]:
             by_rank.setdefault(each.rank, each)
     job = standing.job
     if job is not None and len(by_rank) != job.world_size:
-        for stranger in _strangers(standing, job, by_rank.keys()):
+        # Of a rank the first one found is the one that has started the others.
+        for stranger in _strangers(standing, job, set(by_rank)):
             by_rank.setdefault(stranger.rank, stranger)
     return {each.pid: each for _, each in sorted(by_rank.items(), key=lambda item: item[0] or 0)}
 
 
 def _strangers(standing: Standing, job: Job, known: Collection[int | None]) -> list[Standing]:
     """Processes of a job's other ranks on this host, which the server has never heard of."""
-    found: dict[int, Standing] = {}
+    found: list[Standing] = []
     for pid in processes_beside(standing.pid, _clock.monotonic() + _SEARCH):
         environment = environment_of(pid)
         rank, local_rank = ranks(environment)
         if rank is not None and rank not in known and job_of(environment) == job:
-            found[pid] = Standing(pid, rank, local_rank, job)
-    # Of a rank the one that has started the others.
-    ranks_of = {pid: each.rank for pid, each in found.items()}
-    return [each for pid, each in found.items() if ranks_of.get(parent_of(pid)) != each.rank]
+            found.append(Standing(pid, rank, local_rank, job))
+    return found
 
 
 def _picture(case: _Case, job: Job) -> Picture:

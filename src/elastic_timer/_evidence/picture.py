@@ -123,21 +123,21 @@ class Answer(TypedDict):
 
 
 class Seen(NamedTuple):
-    """A member and its place; `waits` for other ranks, which is false where that is not known."""
+    """A member and its place.
+
+    `waits` is whether it waits for other ranks, which is false where that is not known. `passes`
+    are those of the blocks that its host tells of, which are named without their folders.
+    """
 
     member: Member
     place: Place | None
     waits: bool
+    passes: dict[str, int]
 
     @property
     def is_elsewhere(self) -> bool:
         """Whether it is known not to wait for other ranks."""
         return self.place is not None and not self.waits
-
-    def pass_of(self, block: str) -> int:
-        """How often it has entered a block, which is named without its folder."""
-        passes = self.member["passes"].items()
-        return sum(count for scope, count in passes if short_scope(scope) == block)
 
 
 def who_hangs(
@@ -193,8 +193,18 @@ def look(pictures: Iterable[Picture], collectives: Collection[str] = ()) -> list
     ]
     # What frames in C tell of one holds for those at the same place that have none.
     waiting = {place.key for place in places if place and place.in_collective and place.is_sure}
+    # Of a block that nobody on its host was in, it is not known how often a rank has entered it.
+    blocks: dict[str, set[str]] = {}
+    for member in members.values():
+        names = map(short_scope, [*member["passes"], *filter(None, [member["scope"]])])
+        blocks.setdefault(member["host"], set()).update(names)
     return [
-        Seen(member, place, place is not None and _waits(place, waiting))
+        Seen(
+            member,
+            place,
+            place is not None and _waits(place, waiting),
+            _passes(member, blocks[member["host"]]),
+        )
         for (_, member), place in zip(found, places, strict=True)
     ]
 
@@ -203,6 +213,13 @@ def _with_stacks(
     member: Member, stacks: list[ThreadStack], descendants: list[Descendant]
 ) -> Member:
     return {**member, "stacks": stacks, "stacks_missing": None, "descendants": descendants}
+
+
+def _passes(member: Member, blocks: Iterable[str]) -> dict[str, int]:
+    passes = dict.fromkeys(blocks, 0)
+    for scope, count in member["passes"].items():
+        passes[short_scope(scope)] += count
+    return passes
 
 
 def _waits(place: Place, waiting: Collection[tuple[str, ...]]) -> bool:
@@ -291,12 +308,15 @@ def _behind(seen: Sequence[Seen]) -> _Verdict:
     if not blocks:
         return _NOBODY
     [(block, _)] = blocks.most_common(1)
-    passes = [one.pass_of(block) for one in seen]
-    inside = Counter(passes[index] for index, scope in enumerate(scopes) if scope == block)
+    inside = Counter(
+        one.passes[block] for one, scope in zip(seen, scopes, strict=True) if scope == block
+    )
     usual = max(inside, key=lambda count: (inside[count], count))
-    behind = frozenset(index for index, count in enumerate(passes) if count < usual)
+    behind = frozenset(
+        index for index, one in enumerate(seen) if one.passes.get(block, usual) < usual
+    )
     if _fewer(seen, behind):
-        reached = sorted({passes[index] for index in behind})
+        reached = sorted({seen[index].passes[block] for index in behind})
         if reached == [0]:
             return behind, f"not in {block} at all, where the others are in pass {usual}"
         told = fold_ranks(reached)
@@ -422,7 +442,7 @@ def _group(seen: Sequence[Seen], suspected: bool) -> Group:
     members = [one.member for one in seen]
     place = seen[0].place
     scopes = {short_scope(member["scope"]) for member in members if member["scope"]}
-    passes = {one.pass_of(short_scope(one.member["scope"])) for one in seen if one.member["scope"]}
+    passes = {one.passes[short_scope(one.member["scope"])] for one in seen if one.member["scope"]}
     at_work = next((_at_work(member) for member in members if suspected and _at_work(member)), [])
     descendant = place_of(at_work[0][0]["stacks"] or []) if at_work else None
     return {

@@ -304,6 +304,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
         Args:
             callback: Called with the record of the expiry. What it raises is logged.
             timeout: How many seconds the signal waits at most.
+
+        .. versionadded:: 0.2.0
         """
         self._before_signal = callback, timeout
 
@@ -747,9 +749,10 @@ class ProcessServer(abc.ABC, Generic[_R]):
 
         for picture in findings.pictures:
             self._events.publish(JobHangs(_clock.epoch(), picture))
-        told: object = None
         with handing_over(findings):
-            told = self._contained(lambda: self._call_debug_hook(findings.expired), lambda: None)
+            told: object = self._contained(
+                lambda: self._call_debug_hook(findings.expired), lambda: None
+            )
         inquests = []
         for pid, timers in findings.expired.items():
             inquest = self._inquests.get(pid)

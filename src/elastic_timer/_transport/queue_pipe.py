@@ -29,6 +29,7 @@ from elastic_timer._transport.pipe import (
     enlarge,
     has_room,
     is_ready,
+    may_wait,
     too_large,
     write,
 )
@@ -116,11 +117,12 @@ class PipeWriter:
         frame = _LENGTH.pack(len(pickled)) + pickled
         if len(frame) > PIPE_BUF:
             raise too_large(frame)
-        give_up_at = monotonic() + UNREACHABLE_AFTER
+        patience = UNREACHABLE_AFTER if may_wait() else 0.0
+        give_up_at = monotonic() + patience
         sent: list[None] = []
         # Acquired before the request is sent, as `put` does, or the reader could release first. By
         # the unpacking, since no interrupt comes between that and the `try`.
-        (is_free,) = map(self._queue._sem.acquire, (True,), (UNREACHABLE_AFTER,))
+        (is_free,) = map(self._queue._sem.acquire, (True,), (patience,))
         try:
             if not is_free:
                 raise _unread("the queue")
