@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import tracemalloc
@@ -24,7 +25,7 @@ class Measured:
     """Blocks that are called as a server calls them, with times of the workers' own."""
 
     def __init__(self) -> None:
-        self.blocks = Blocks()
+        self.blocks = Blocks(0.0)
         self.seen: set[tuple[int, str]] = set()
 
     def acquire(
@@ -254,6 +255,50 @@ def test_release_of_nothing(measured: Measured) -> None:
     measured.release(NOW, "other")
     assert measured.one()["entered"] == 1
     assert measured.one()["first"]["left"] == 0
+
+
+def test_deadline_in_the_far_past(measured: Measured) -> None:
+    """The block did not take decades for that."""
+    measured.acquire(NOW, -1.8e9)
+    measured.blocks.expired(PID, "b")
+    measured.release(NOW + 3)
+    assert measured.one()["first"]["longest"] == pytest.approx(3, abs=0.12)
+
+
+PIDS = st.sampled_from([1, 2, -3])
+SCOPES = st.sampled_from(["a", "a@thread-1", "b"])
+SECONDS = st.sampled_from([0.0, 0.01, 1.0, 60.0, 1e9]) | st.floats(0, 1e9)
+CALLS = st.one_of(
+    st.tuples(st.just("acquired"), PIDS, SCOPES, SECONDS | st.floats(-1e300, 1e300)),
+    st.tuples(st.just("released"), PIDS, SCOPES, st.none()),
+    st.tuples(st.just("expired"), PIDS, SCOPES, st.none()),
+    st.tuples(st.just("ended"), PIDS, st.none(), st.none()),
+    st.tuples(st.just("settle"), st.none(), st.none(), SECONDS),
+)
+
+
+@given(st.lists(CALLS))
+def test_whatever_workers_do(calls: list[tuple[str, int, str, float]]) -> None:
+    """Nothing is ever raised, which would lose requests; and every pass is counted once."""
+    blocks, now = Blocks(NOW), NOW
+    for name, pid, scope, seconds in [*calls, ("ended", 1, "", 0), ("ended", 2, "", 0)]:
+        if name == "acquired":
+            blocks.acquired(pid, None, scope, False, now + seconds, now)
+        elif name == "settle":
+            now += seconds
+            blocks.settle(now)
+        elif name == "ended":
+            blocks.ended(pid)
+        else:
+            getattr(blocks, name)(pid, scope)
+    blocks.ended(-3)
+    blocks.settle(now)
+    for record in json.loads(json.dumps(blocks.records())):
+        gone_overdue = record["entered"] - record["left"] - record["unfinished"]
+        assert 0 <= gone_overdue <= record["expired"] <= len(calls)
+        assert sum(count for _, count in record["histogram"]) == record["left"]
+        if record["left"]:
+            assert 0 <= record["longest"] <= now - NOW + 0.1001
 
 
 # --- bounds

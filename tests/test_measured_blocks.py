@@ -138,6 +138,35 @@ def test_a_server_that_is_busy_measures_all_the_same(
         assert longest == pytest.approx(own, abs=0.25)
 
 
+def tick_and_pause(channel: Any, client: TimerClient) -> None:
+    """A worker that says that it makes progress, and one block later goes without a deadline."""
+    with expires(after=1, scope="ticks", client=client) as timer:
+        for _ in range(8):
+            time.sleep(0.1)
+            timer.tick()
+    with expires(after=1, scope="paused", client=client) as timer:
+        time.sleep(0.1)
+        with timer.paused():
+            time.sleep(0.8)
+        time.sleep(0.2)
+    channel.send("done")
+
+
+def test_ticks_and_pauses(link: Link, fork_worker: Fork) -> None:
+    """What counts is for how long a deadline had to hold, not how long the whole block took."""
+    server = link.server()
+    measured = measured_by(server)
+    with running(server):
+        worker = fork_worker(tick_and_pause, link.client)
+        worker.receive()
+        assert worker.wait() == 0
+        wait_until_gone(server, worker.pid)
+    for scope, longest in (("ticks", 0.1), ("paused", 0.2)):
+        block = measured()[scope]
+        assert (block["entered"], block["first"]["left"], block["after"]) == (1, 1, 1)
+        assert longest - 0.02 <= block["first"]["longest"] < 0.6, block
+
+
 def overrun_for_good(channel: Any, client: TimerClient) -> None:
     """A worker that enters one block after the other, and leaves each too late."""
     while not channel.poll():

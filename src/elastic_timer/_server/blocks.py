@@ -187,9 +187,12 @@ class Blocks:
     that is what a deadline has to be longer than.
 
     A worker's requests are called with in the order in which it sent them.
+
+    Args:
+        now: The present; nothing that was sent before counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, now: float) -> None:
         self._blocks: dict[str, _Block] = {}
         self._workers: dict[int, _Worker] = {}
         # Those that are leaving blocks.
@@ -198,7 +201,7 @@ class Blocks:
         self._overdue: dict[tuple[int, str], _Pass] = {}
         # Gone, though releases that they sent before may still be read.
         self._gone: set[int] = set()
-        self._all_read_at = 0.0
+        self._all_read_at = now
         self._unmeasured = 0
 
     def note_all_read(self, now: float) -> None:
@@ -237,7 +240,8 @@ class Blocks:
             sent, since = now, None
         else:
             after = asked_for(left, now - self._all_read_at, block.after)
-            sent = since = deadline - after
+            # A deadline may be in the far past; what was sent by then was read by then.
+            sent = since = max(deadline - after, self._all_read_at - _READ_LATE_AFTER)
             if after > block.after:
                 block.after = after
                 block.whole = after if after.is_integer() else -1.0

@@ -229,7 +229,7 @@ class Workers(Generic[_Request]):
         """Count and time the blocks from now on."""
         with self._lock:
             if self.blocks is None:
-                self.blocks = Blocks()
+                self.blocks = Blocks(_clock.monotonic())
 
     def note_all_read(self, now: float) -> None:
         """Take note that what was sent before `now`, in monotonic seconds, has been read."""
