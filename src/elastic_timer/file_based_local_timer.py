@@ -351,6 +351,11 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         kill_after: How many seconds a worker may outlive a signal other than SIGKILL before it
             gets SIGKILL, unless it leaves the block. None means for ever. Process groups are not
             followed.
+        status: Answer `elastic-timer status` on a socket beside the FIFO, `file_path` with
+            ".sock" behind it, for this user and root alone. Where it can't be made, a warning says
+            why, and the server runs without.
+
+            .. versionadded:: 0.2.0
 
     Raises:
         FileExistsError: Something lies at `file_path` that is no FIFO, or that a server reads.
@@ -373,6 +378,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         *,
         reap_self: bool = False,
         kill_after: float | None = None,
+        status: bool = False,
     ) -> None:
         super().__init__(
             lambda: FifoSource(file_path, FileTimerRequest),
@@ -389,6 +395,18 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         self._last_progress_time = int(_clock.epoch())
         self._is_cut_off = False
         self._next_fifo_check = 0.0
+        if status:
+            # Not before: a worker, which has no server, is not to pay for it.
+            from elastic_timer._server.status import Snapshots
+            from elastic_timer._transport.status_socket import StatusSocket
+
+            about = {
+                "run_id": run_id,
+                "timer_file": os.path.abspath(file_path),
+                "max_interval": max_interval,
+            }
+            snapshots = Snapshots(self._workers, lambda: self._progress, about)
+            self._aside = StatusSocket(file_path, self._loop, snapshots.take)
         if log_event is not None:
             self.subscribe(
                 _as_log_event(log_event),

@@ -25,8 +25,8 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
     """
 
     def __init__(self) -> None:
-        # Of each timer its serial, its deadline and its request.
-        self._timers: dict[_Worker, dict[str, tuple[int, float, _Request]]] = {}
+        # Of each timer its serial, its deadline, its request, and when it was acquired.
+        self._timers: dict[_Worker, dict[str, tuple[int, float, _Request, float]]] = {}
         self._size = 0
         self._serial = 0
         # Deadline, serial, worker, scope. The serial breaks ties, so that workers are never
@@ -52,8 +52,17 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
     def __repr__(self) -> str:
         return f"{type(self).__name__}({dict(self)!r})"
 
-    def acquire(self, worker: _Worker, scope: str, request: _Request, deadline: float) -> bool:
+    def acquire(
+        self, worker: _Worker, scope: str, request: _Request, deadline: float, since: float = 0.0
+    ) -> bool:
         """Hold a timer; it replaces the one that the worker holds for the scope, if any.
+
+        Args:
+            worker: The worker.
+            scope: What the timer is for.
+            request: What it was asked for with.
+            deadline: When it is due.
+            since: The present, for those who want to know how much of the time is used.
 
         Returns:
             Whether it held none.
@@ -62,7 +71,7 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
         is_new = scope not in scopes
         self._size += is_new
         self._serial += 1
-        scopes[scope] = self._serial, deadline, request
+        scopes[scope] = self._serial, deadline, request, since
         heapq.heappush(self._heap, (deadline, self._serial, worker, scope))
         self._prune()
         return is_new
@@ -98,6 +107,18 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
         """When the worker's timer for a scope is due; None where it holds none."""
         timer = self._timers.get(worker, {}).get(scope)
         return None if timer is None else timer[1]
+
+    def spans(self, worker: _Worker) -> Iterator[tuple[str, float, float]]:
+        """Of each timer that a worker holds its scope, when it was acquired, and when it is due.
+
+        Timers that are acquired in the course of it are left out, as are those that are released.
+        """
+        scopes = self._timers.get(worker, {})
+        # Over a copy of the names alone: so many tuples at once would have all garbage collected.
+        for scope in list(scopes):
+            timer = scopes.get(scope)
+            if timer is not None:
+                yield scope, timer[3], timer[1]
 
     def expired(self, now: float) -> dict[_Worker, list[_Request]]:
         """The requests due at `now` or before, by worker, each worker's oldest first.

@@ -176,6 +176,7 @@ class Workers(Generic[_Request]):
             The requests that counted.
         """
         counted = []
+        now = _clock.monotonic()
         with self._lock:
             for request in requests:
                 pid, scope = request.worker_id, request.scope_id
@@ -184,7 +185,7 @@ class Workers(Generic[_Request]):
                     self._forget_idle_group(pid)
                 elif self._hold(pid, claims_to_run):
                     deadline = self.clock.to_monotonic(request.expiration_time)
-                    if self.table.acquire(pid, scope, request, deadline):
+                    if self.table.acquire(pid, scope, request, deadline, now):
                         self._workers[pid].count_pass(block_of(scope))
                 else:
                     logger.debug("Dropped a timer of worker %s, which is gone: %s", pid, scope)
@@ -256,6 +257,10 @@ class Workers(Generic[_Request]):
             logger.error("Worker %s can't be sent signal %s: %s", pid, signal, error)
             return False
         return True
+
+    def count(self) -> int:
+        """How many workers are held."""
+        return len(self._workers)
 
     def ranks(self, pid: int) -> tuple[int | None, int | None]:
         """The rank of a worker in its job and on this host; None where it has none."""
