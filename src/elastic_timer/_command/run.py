@@ -75,7 +75,9 @@ def run(options: Options) -> int:
             if timer_file is None:
                 folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="elastic-timer-"))
                 timer_file = os.path.join(folder, "timers")
-            server = FileTimerServer(timer_file, options.run_id, options.max_interval)
+            server = FileTimerServer(
+                timer_file, options.run_id, options.max_interval, status=True
+            )
             if options.events is not None:
                 server.subscribe(EventFile(options.events, options.run_id).append)
             cleanup.enter_context(server)
