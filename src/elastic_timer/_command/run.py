@@ -14,7 +14,9 @@ from collections.abc import Set
 
 from elastic_timer import FileTimerServer
 from elastic_timer._command.event_file import EventFile
+from elastic_timer._command.systemd import Notifier, remove_variables
 from elastic_timer._server.callbacks import contained_logger
+from elastic_timer._server.events import WatchdogRound
 
 # A stderr that nobody reads must not keep signals from COMMAND.
 logger = contained_logger(__name__)
@@ -69,15 +71,17 @@ def run(options: Options) -> int:
     # Before anything exists that has to be removed again, and before any thread, which would
     # inherit the old mask: from here on no signal but SIGKILL ends this process.
     signals, mask_before = _block_signals()
+    notifier = Notifier(os.environ)
     with contextlib.ExitStack() as cleanup:
         try:
             timer_file = options.timer_file
             if timer_file is None:
                 folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="elastic-timer-"))
                 timer_file = os.path.join(folder, "timers")
-            server = FileTimerServer(
-                timer_file, options.run_id, options.max_interval, status=True
-            )
+            interval = notifier.interval(options.max_interval)
+            server = FileTimerServer(timer_file, options.run_id, interval, status=True)
+            if notifier.is_wanted:
+                server.subscribe(notifier.made_round, WatchdogRound)
             if options.events is not None:
                 server.subscribe(EventFile(options.events, options.run_id).append)
             cleanup.enter_context(server)
@@ -92,6 +96,8 @@ def run(options: Options) -> int:
             logger.error("cannot run %s: %s", options.command[0], error.strerror)
             return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
         # Not before COMMAND is there: what it has not had has to be forwarded.
+        notifier.ready()
+        cleanup.callback(notifier.stopping)
         with contextlib.closing(_GroupWitness()) as witness:
             return _supervise(pid, signals, witness)
 
@@ -114,6 +120,7 @@ def _block_signals() -> tuple[set[int], Set[int]]:
 def _start(command: list[str], timer_file: str, mask: Set[int]) -> int:
     """Start COMMAND and return its pid; an OSError says why it could not be."""
     environment = {**os.environ, "TORCHELASTIC_TIMER_FILE": timer_file}
+    remove_variables(environment)
     # With it torchrun would start a server of its own, and replace our FIFO.
     environment.pop("TORCHELASTIC_ENABLE_FILE_TIMER", None)
     # Otherwise torchrun 2.13 hands the store of the reaped attempt on to the next one, whose ranks

@@ -20,6 +20,7 @@ from elastic_timer._server.events import (
     TimerAcquired,
     TimerExpired,
     TimerReleased,
+    WatchdogRound,
     WorkerExited,
     WorkerSignalled,
 )
@@ -64,6 +65,9 @@ _RETRY = 1.0
 # What is done besides, such as telling others how things stand, is done a piece at a time, each at
 # least so many seconds before the next deadline.
 _ROOM = 0.003
+
+# Those who listen to rounds are told of no more than one in so many seconds.
+_ROUNDS_TOLD = 0.05
 
 # What listeners get that do not say what they want: all that does not come with every block.
 _RARE_EVENTS = (ServerStarted, ServerStopped, TimerExpired, WorkerSignalled, WorkerExited)
@@ -206,6 +210,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         # What a subclass adds that is served besides.
         self._aside: Aside | None = None
         self._progress = Progress()
+        self._next_told = 0.0
         self._exited: list[int] = []
         # What listeners hear of once all who are due are signalled.
         self._outbox: list[Event] = []
@@ -365,6 +370,10 @@ class ProcessServer(abc.ABC, Generic[_R]):
         progress = self._progress
         progress.rounds += 1
         progress.last_round = _clock.monotonic()
+        if self._events.wants(WatchdogRound) and progress.last_round >= self._next_told:
+            self._next_told = progress.last_round + _ROUNDS_TOLD
+            counts = self._workers.count(), len(self._timers), progress.reaped
+            self._events.publish(WatchdogRound(_clock.epoch(), *counts))
 
     def _reap_all(self, expired: dict[int, list[_R]], now: float) -> None:
         """Report the workers whose timers have expired at `now` (epoch), and reap them."""
