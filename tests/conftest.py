@@ -1,4 +1,4 @@
-"""Fixtures of all tests; the autouse one holds every test to leaving nothing behind."""
+"""Fixtures of all tests; one of them sees to it that no test leaves anything behind."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ import multiprocessing
 import os
 import signal
 import sys
+import textwrap
 import threading
+import uuid
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ import pytest
 
 import elastic_timer
 from elastic_timer import FileTimerClient, FileTimerServer
+from tests.jobs import PRELUDE
 from tests.servers import Link, Serve, Server, ServerProcess, serve_questions
 from tests.support import (
     CLI,
@@ -26,25 +29,41 @@ from tests.support import (
     Spawn,
     child_pids,
     eventually,
+    kill_marked,
     open_descriptors,
     running,
 )
 
 _FAILED = pytest.StashKey[bool]()
 
-# Ignored, as nohup and a shell's `&` leave them, they would be for the children of the tests, too,
-# and `elastic-timer run` respects that.
+# Each takes a second or two of a core to begin.
+_WORKERS_PER_CORE = 4
+_MOST_WORKERS = 16
+
+# nohup and a shell's `&` start programs with these signals ignored. The children of the tests would
+# inherit that, and `elastic-timer run` leaves ignored signals ignored.
 for _name in ("SIGHUP", "SIGINT", "SIGQUIT"):
     _number = getattr(signal, _name, None)
     if _number is not None and signal.getsignal(_number) is signal.SIG_IGN:
         signal.signal(_number, signal.default_int_handler if _name == "SIGINT" else signal.SIG_DFL)
 
 
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Run the whole suite in more workers than there are cores, as most tests wait.
+
+    A few files are quicker without the start of workers, and can be stopped in a debugger.
+    """
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ:
+        return None  # By which the plugin itself is told.
+    is_suite = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    return min(_WORKERS_PER_CORE * (os.cpu_count() or 1), _MOST_WORKERS) if is_suite else 0
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(
     item: pytest.Item,
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Note which tests have failed: the traceback keeps what they had open."""
+    """Note which tests have failed: their tracebacks keep open what they had opened."""
     report = yield
     item.stash[_FAILED] = item.stash.get(_FAILED, False) or report.failed
     return report
@@ -52,31 +71,65 @@ def pytest_runtest_makereport(
 
 @pytest.fixture(scope="session", autouse=True)
 def _resource_tracker() -> None:
-    """Start multiprocessing's helper process now: it lives as long as the interpreter does."""
+    """Start multiprocessing's helper process now, as it lives on until the interpreter ends."""
     if sys.platform != "win32":
         from multiprocessing import resource_tracker
 
         resource_tracker.ensure_running()
 
 
+@pytest.fixture(scope="session")
+def _doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
+    """Two files on which the workers of pytest-xdist lock each other out; none without workers."""
+    folder = tmp_path_factory.getbasetemp().parent
+    names = ("outer", "inner") if "PYTEST_XDIST_WORKER" in os.environ else ()
+    doors = [os.open(folder / f"{name}-door", os.O_RDWR | os.O_CREAT, 0o600) for name in names]
+    yield doors
+    for door in doors:
+        os.close(door)
+
+
+@pytest.fixture(autouse=True)
+def _runs_beside_others(request: pytest.FixtureRequest, _doors: list[int]) -> Iterator[None]:
+    """Let a test that is marked `alone` run while no other test does."""
+    if not _doors:
+        yield
+        return
+    import fcntl
+
+    kind = fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH
+    # Without the outer one a test that is to be alone would wait for as long as others follow each
+    # other within the inner.
+    outer, inner = _doors
+    fcntl.flock(outer, kind)
+    fcntl.flock(inner, kind)
+    fcntl.flock(outer, fcntl.LOCK_UN)
+    yield
+    # Not by closing it: processes that the test has forked may have it open, too.
+    fcntl.flock(inner, fcntl.LOCK_UN)
+
+
 @pytest.fixture(autouse=True)
 def _leaves_nothing_behind(
-    request: pytest.FixtureRequest, caplog: pytest.LogCaptureFixture, _resource_tracker: None
+    request: pytest.FixtureRequest,
+    caplog: pytest.LogCaptureFixture,
+    _resource_tracker: None,
+    _runs_beside_others: None,
 ) -> Iterator[None]:
-    """Hold each test to ending its threads and children and closing its descriptors."""
+    """Fail a test that leaves a thread, a child process or an open descriptor behind."""
     descriptors = set(open_descriptors())
     children = child_pids()
     yield
     elastic_timer.configure(None)
-    # pytest would keep the fixtures' values, and through the tracebacks in log records the frames:
-    # with them queues and their pipes.
+    # pytest keeps the fixtures' values, and log records keep tracebacks with all frames. What these
+    # refer to, queues with their pipes for one, would stay open.
     caplog.get_records("call").clear()
     if isinstance(request.node, pytest.Function):
         request.node.funcargs.clear()
 
     def left() -> list[str]:
         multiprocessing.active_children()
-        if os.getpid() == 1:  # In a container without an init, orphans become our children.
+        if os.getpid() == 1:  # In a container without an init orphans become our children.
             _reap_adopted()
         threads = [
             thread.name
@@ -92,7 +145,7 @@ def _leaves_nothing_behind(
         return threads + processes + opened
 
     def nothing_left() -> bool:
-        # Collecting takes 50 ms: only for those who leave something in a cycle.
+        # Collecting garbage takes 50 ms, so it is done only if something is left.
         return not left() or (gc.collect() >= 0 and not left())
 
     try:
@@ -136,11 +189,30 @@ def spawn() -> Iterator[Spawn]:
 
 @pytest.fixture
 def run(spawn: Spawn, tmp_path: Path) -> Callable[..., Child]:
-    """`run(*arguments)`: a Child that is `elastic-timer run`, its temporary folder `tmp_path`."""
+    """`run(*arguments)`: a Child that is `elastic-timer run`, with `tmp_path` as its TMPDIR."""
 
     def start(*arguments: str, source: str = CLI, **popen_kwargs: Any) -> Child:
         environment = {**popen_kwargs.pop("env", {}), "TMPDIR": str(tmp_path)}
         return spawn(source, "run", *arguments, env=environment, **popen_kwargs)
+
+    return start
+
+
+@pytest.fixture
+def mark() -> Iterator[str]:
+    """A mark in the environment, as name=value; who began with it does not outlive the test."""
+    mark = f"ELASTIC_TIMER_TEST_JOB={uuid.uuid4()}"
+    yield mark
+    eventually(lambda: not kill_marked(mark))
+
+
+@pytest.fixture
+def job(spawn: Spawn, mark: str) -> Callable[..., Child]:
+    """`job(source, *arguments)`: a Child with the mark, which has what stands in PRELUDE."""
+
+    def start(source: str, *arguments: str) -> Child:
+        name, _, value = mark.partition("=")
+        return spawn(PRELUDE + textwrap.dedent(source), *arguments, env={name: value})
 
     return start
 
@@ -162,19 +234,19 @@ def fork_worker() -> Iterator[Fork]:
 
 @pytest.fixture
 def fifo_path(tmp_path: Path) -> str:
-    """A path at which nothing lies yet."""
+    """A path for a FIFO; nothing is there yet."""
     return str(tmp_path / "timers.fifo")
 
 
 @pytest.fixture
 def client(fifo_path: str) -> FileTimerClient:
-    """A client of whatever server reads the FIFO."""
+    """A client of the server that reads the FIFO, whichever that is."""
     return FileTimerClient(fifo_path)
 
 
 @pytest.fixture
 def server(fifo_path: str) -> Iterator[FileTimerServer]:
-    """A file server that runs, for this test."""
+    """A file server that runs for this test, in the test's own process."""
     with running(FileTimerServer(fifo_path, "run", 0.05)) as started:
         yield started
 
@@ -192,7 +264,7 @@ def reader(fifo_path: str) -> Iterator[int]:
 
 @pytest.fixture
 def mp_queue() -> Iterator[Any]:
-    """A queue for tests that write into its pipe themselves; it is closed with it."""
+    """A queue for tests that write into its pipe themselves; both are closed at the end."""
     queue: Any = multiprocessing.get_context("fork").Queue()
     yield queue
     queue.close()
@@ -201,27 +273,27 @@ def mp_queue() -> Iterator[Any]:
 
 @pytest.fixture(params=["file", "queue"])
 def link(request: pytest.FixtureRequest, fifo_path: str) -> Iterator[Link]:
-    """Both ways from a worker to a server in turn."""
+    """The test runs twice: over the FIFO, and over the queue."""
     with contextlib.closing(Link(request.param, fifo_path)) as made:
         yield made
 
 
 @pytest.fixture
 def file_link(fifo_path: str) -> Link:
-    """The FIFO alone."""
+    """For tests of the FIFO alone."""
     return Link("file", fifo_path)
 
 
 @pytest.fixture
 def queue_link(fifo_path: str) -> Iterator[Link]:
-    """The queue alone."""
+    """For tests of the queue alone."""
     with contextlib.closing(Link("queue", fifo_path)) as made:
         yield made
 
 
 @pytest.fixture
 def serve(fork_worker: Fork, tmp_path: Path) -> Serve:
-    """`serve(make_server, prepare=...)`: a ServerProcess; `prepare` is called in it first."""
+    """`serve(make_server, prepare=...)`: a ServerProcess, in which `prepare` is called first."""
     count = 0
 
     def start(

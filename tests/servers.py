@@ -49,10 +49,10 @@ class Link:
             self._queue._writer.close()
 
     def server(self, max_interval: float = 60, **changes: Any) -> Server:
-        """A server, not started; the changes are for the file server alone."""
+        """A server, not started; most changes are for the file server alone."""
         if self.kind == "file":
             return FileTimerServer(self.path, "run", max_interval, **changes)
-        return LocalTimerServer(self._queue, max_interval)
+        return LocalTimerServer(self._queue, max_interval, **changes)
 
     def put(self, pid: int, scope: str, expiration_time: float) -> None:
         """Send a request in the name of any pid."""

@@ -1,4 +1,4 @@
-"""What the tests share: real child processes, and waiting with deadlines instead of sleeping."""
+"""What the tests share: real child processes, and ways to wait for them without sleeping."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCE = REPOSITORY / "src"
 
 CLI = "import sys; from elastic_timer._command.main import main; sys.exit(main())"
-"""The command, as a program to which something can be added."""
+"""The command as Python source, before which a test can put lines of its own."""
 
 FAR = 600.0
-"""A time, in seconds, that no test lives to see."""
+"""So many seconds that no test lives to see their end."""
 
 ALLOWED_LATENESS = 2.0
-"""How late a reap may be here, in seconds: a bound for busy machines, not the usual figure."""
+"""How late a reap may be in tests, in seconds: a bound for busy machines; a few ms are usual."""
 
 _T = TypeVar("_T")
 
@@ -54,7 +54,7 @@ _S = TypeVar("_S", bound=Startable)
 
 
 class Child:
-    """A Python process that runs `source` and is spoken to by lines."""
+    """A Python process that runs `source`; the test exchanges lines with it."""
 
     def __init__(
         self,
@@ -66,9 +66,9 @@ class Child:
         environment = {**os.environ, **(env or {})}
         paths = [str(SOURCE), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        # A session of its own lets kill() take grandchildren along.
+        # In a session of its own, so that kill() also ends grandchildren.
         self._owns_group = bool(popen_kwargs.setdefault("start_new_session", True))
-        # A file: nobody has to read it for the child to be able to go on writing.
+        # A file: unlike a pipe it lets the child write on while nobody reads.
         self._stderr = tempfile.TemporaryFile()  # noqa: SIM115 - closed in close()
         self._lines = b""
         popen_kwargs.setdefault("stdin", subprocess.PIPE)
@@ -146,7 +146,7 @@ class Child:
 
 
 class ForkedWorker:
-    """A fork of this process that runs `target(channel, *args)`; both ends can send and receive."""
+    """A fork of this process that runs `target(channel, *args)`; the channel goes both ways."""
 
     def __init__(self, target: Callable[..., None], *args: Any) -> None:
         context = multiprocessing.get_context("fork")
@@ -253,17 +253,20 @@ def process_state(pid: int) -> str:
 
 
 LAST_PID = Path("/proc/sys/kernel/ns_last_pid")
-"""By this file the kernel lets some processes choose the next pid."""
+"""Whoever may write to this file can choose the pid of the next process."""
 
 
 def start_with_pid(pid: int, **options: Any) -> subprocess.Popen[bytes] | None:
-    """A sleeping process with this very pid; None where the kernel does not give it."""
+    """A sleeping process with this very pid; None if it can't be had."""
     for _ in range(50):
         try:
+            before = LAST_PID.read_text()
             LAST_PID.write_text(str(pid - 1))
         except OSError:
             return None
         process = subprocess.Popen(["sleep", str(FAR)], **options)
+        # Or the next processes of other tests are given pids that were others' a moment ago.
+        LAST_PID.write_text(before)
         if process.pid == pid:
             return process
         # Somebody else was quicker, or the pid is taken.
@@ -275,11 +278,31 @@ def start_with_pid(pid: int, **options: Any) -> subprocess.Popen[bytes] | None:
 def child_pids(pid: int | None = None) -> set[int]:
     """The children of `pid` (default: this process), zombies included; needs /proc."""
     children: set[int] = set()
-    # Each thread has a list of those that it forked itself.
+    # Each thread has its own list, of the children that it forked.
     for file in Path(f"/proc/{os.getpid() if pid is None else pid}/task").glob("*/children"):
         with contextlib.suppress(FileNotFoundError, ProcessLookupError):
             children.update(map(int, file.read_text().split()))
     return children
+
+
+def marked_processes(mark: str) -> dict[int, str]:
+    """The running processes that were started with the mark, and their command lines."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # They come and go while this looks.
+            if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
+                command = (process / "cmdline").read_bytes().replace(b"\0", b" ")
+                found[int(process.name)] = command.decode(errors="replace").strip()
+    return found
+
+
+def kill_marked(mark: str) -> dict[int, str]:
+    """Kill those that run with the mark, and return them."""
+    left = marked_processes(mark)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return left
 
 
 def _stat_fields(pid: int) -> list[str]:
@@ -293,10 +316,10 @@ def _stat_fields(pid: int) -> list[str]:
 
 
 def open_descriptors() -> dict[int, str]:
-    """This process's descriptors and what they lead to."""
+    """This process's open descriptors, and what each leads to."""
     found = {}
     for name in os.listdir("/proc/self/fd" if os.path.isdir("/proc/self/fd") else "/dev/fd"):
-        # The one that lists the directory is gone by now.
+        # The one by which the directory was listed is closed by now.
         with contextlib.suppress(OSError):
             os.fstat(int(name))
             found[int(name)] = _leads_to(name)
@@ -321,7 +344,7 @@ def running(server: _S) -> Iterator[_S]:
 
 @contextlib.contextmanager
 def no_more_descriptors() -> Iterator[None]:
-    """Let this process open nothing; what is open stays so."""
+    """Let this process open no further file; what is open stays open."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     # Not lower: poll(2) refuses to wait for more descriptors than the limit.
     lowest_free = os.dup(0)
@@ -335,7 +358,7 @@ def no_more_descriptors() -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_more_threads() -> Iterator[None]:
-    """Let this process start no thread: there is no room for stacks as large as this."""
+    """Let this process start no thread, by asking for stacks that don't fit into memory."""
     before = threading.stack_size(1 << 60)
     try:
         yield
@@ -344,7 +367,7 @@ def no_more_threads() -> Iterator[None]:
 
 
 def wait_to_be_killed(channel: Any) -> None:
-    """A worker that does nothing, and has others send requests in its name."""
+    """A worker that does nothing; others may send requests in its name."""
     channel.recv()
 
 

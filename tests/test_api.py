@@ -72,6 +72,7 @@ def test_package_exports_every_contract_name() -> None:
     """All names of the contract can be imported from the package and are in its `__all__`."""
     names = {
         "configure",
+        "current",
         "expires",
         "TimerClient",
         "TimerRequest",
@@ -319,10 +320,11 @@ def test_configure_from_an_empty_environment(monkeypatch: pytest.MonkeyPatch) ->
 def test_with_acquires_then_releases(client: RecordingClient) -> None:
     """One acquire with the epoch time `after` from now on entry, one release on exit."""
     before = time.time()
-    with expires(after=60, scope="s") as value:
+    block = expires(after=60, scope="s")
+    with block as handle:
         after = time.time()
         assert len(client.calls) == 1
-    assert value is None
+    assert handle is block
     (_, scope, expiration), release = client.calls
     assert scope == "s"
     assert before + 60 <= expiration <= after + 60

@@ -183,16 +183,25 @@ def test_listener_that_raises(
     assert caplog.text.count("SystemExit: a listener's own") == 2
 
 
-def test_b4_threads_of_eventlet(spawn: Callable[..., Child], fifo_path: str) -> None:
+@pytest.mark.parametrize(
+    ("library", "patch"),
+    [
+        ("eventlet", "import eventlet; eventlet.monkey_patch()"),
+        ("gevent", "from gevent import monkey; monkey.patch_all()"),
+    ],
+)
+def test_b4_threads_that_take_turns(
+    library: str, patch: str, spawn: Callable[..., Child], fifo_path: str
+) -> None:
     """Where they replace the system's, both servers refuse to start and say what to do."""
     # Not imported here: it would warn of every fork from then on.
-    if importlib.util.find_spec("eventlet") is None:
-        pytest.skip("needs eventlet")
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"needs {library}")
     child = spawn(
         """
-        import eventlet
-        eventlet.monkey_patch()
-        import multiprocessing, sys, elastic_timer
+        import sys
+        exec(sys.argv[2])
+        import multiprocessing, elastic_timer
         for make in (lambda: elastic_timer.FileTimerServer(sys.argv[1], "run"),
                      lambda: elastic_timer.LocalTimerServer(multiprocessing.Queue())):
             try:
@@ -201,9 +210,10 @@ def test_b4_threads_of_eventlet(spawn: Callable[..., Child], fifo_path: str) -> 
                 print(error, flush=True)
         """,
         fifo_path,
+        patch,
     )
     for _ in range(2):
-        assert "eventlet" in child.readline()
+        assert child.readline().startswith(f"{library} has replaced the threads")
     assert child.wait() == 0, child.stderr_text()
     assert not Path(fifo_path).exists()
 

@@ -27,9 +27,9 @@ def test_one_that_blocks_keeps_the_order() -> None:
         unblock.wait(20)
         ran.append(0)
 
-    callbacks.run(block, patience=0)
+    assert callbacks.submit(block)
     for number in range(1, 4):
-        callbacks.run(lambda number=number: ran.append(number), 20)  # type: ignore[misc]
+        callbacks.submit(lambda number=number: ran.append(number))  # type: ignore[misc]
     callbacks.submit(all_done.set)
     assert ran == []
     assert not callbacks.flush(0)
@@ -44,10 +44,10 @@ def test_without_a_thread_to_be_had(caplog: pytest.LogCaptureFixture) -> None:
     callbacks = Callbacks()
     ran: list[str] = []
     with no_more_threads():
-        callbacks.run(lambda: ran.append("kept"), 20)
+        assert not callbacks.submit(lambda: ran.append("kept"))
         assert not callbacks.flush(0)
     assert ran == []
-    callbacks.run(lambda: ran.append(threading.current_thread().name), 0)
+    assert callbacks.submit(lambda: ran.append(threading.current_thread().name))
     assert callbacks.flush(20)
     assert ran == ["kept", "elastic-timer callbacks"]
     assert not caplog.records

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from elastic_timer import FileTimerServer
-from elastic_timer._evidence import expiry, facts
+from elastic_timer._evidence import facts, stacks
 from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, set_stacks_timeout
 from tests.evidence_support import expired, install_py_spy, logged
 from tests.support import Child, child_pids, eventually, process_state, wait_dead
@@ -51,7 +51,6 @@ SHELL = """
 
 @pytest.fixture(autouse=True)
 def _default_settings() -> Iterator[None]:
-    expiry._last_taken = (0.0, 0.0)
     yield
     set_stacks_timeout(2.0)
 
@@ -139,6 +138,7 @@ def test_s9_expired_workers_come_first(
 ) -> None:
     """All workers are dumped before the first descendant, which a child that expired is not."""
     dumps = install_py_spy("exit 1", tmp_path, monkeypatch)
+    monkeypatch.setattr(stacks, "_PARALLEL_DUMPS", 1)
     worker, loader = loading
     other = spawn(SHELL)
     assert other.readline() == "started"
@@ -159,17 +159,18 @@ def test_s9_expired_workers_come_first(
 def test_s9_they_share_the_bound_of_their_worker(
     loading: tuple[Child, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Where the worker's own py-spy hangs there is no time left for its loader's."""
-    dumps = install_py_spy("exec sleep 600", tmp_path, monkeypatch)
-    worker, _ = loading
+    """Where the worker's own py-spy hangs its loader is looked at all the same, and no longer."""
+    worker, loader = loading
+    dumps = install_py_spy(f'[ "$4" = {worker.pid} ] && exec sleep 600', tmp_path, monkeypatch)
     set_stacks_timeout(0.5)
     started = time.monotonic()
     collected = log_debug_info_for_expired_timers("run", {worker.pid: expired(worker.pid)})
     assert time.monotonic() - started < 1.5
+    assert collected[worker.pid]["stacks_missing"] == "py-spy did not end in time"
     (descendant,) = collected[worker.pid]["descendants"]
-    reason = "the time for stacks was used up by other processes"
-    assert descendant["stacks_missing"] == reason
-    assert len(dumps.read_text().splitlines()) == 1
+    reason = "py-spy: it gave neither stacks nor a reason"
+    assert (descendant["pid"], descendant["stacks_missing"]) == (loader, reason)
+    assert len(dumps.read_text().splitlines()) == 2
 
 
 def test_s9_a_loader_whose_py_spy_hangs_is_bounded(

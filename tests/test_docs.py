@@ -6,7 +6,8 @@ README.md has a test module of its own. The blocks of a page are run in their or
   `# worker.py` is a file of that name instead, for the blocks behind it.
 - `sh` blocks are commands. They are run where a `text` block right behind shows their output.
 - A `text` block right behind a program is what it prints; behind a command, with its stderr.
-- `<!-- needs: MODULE -->` in the line before one has it run only where that module is installed.
+- `<!-- needs: MODULE -->` in the line before one says what has to be installed. Such a page is run
+  by `tests/interop/test_frameworks.py`.
 - `<!-- not run: REASON -->` in the line before a Python block says that it is not run, and why.
 - `<!-- setup: CODE -->` there has lines that are to be run before it.
 """
@@ -39,8 +40,16 @@ PAGES = {
 
 PACKAGE = Path(elastic_timer.__file__).parent
 
-PATIENCE = 60
-"""How long a program of the documentation may take, in seconds; the slowest takes some three."""
+PATIENCE = 100
+"""How long a program of the documentation may take, in seconds; most take three, Ray's twenty."""
+
+COMMANDS = {
+    "python": "",
+    "elastic-timer": "-m elastic_timer",
+    "celery": "-m celery",
+    "ray": "-m ray.scripts.scripts",
+}
+"""The programs of this Python's environment that commands of the documentation call."""
 
 _BLOCK = re.compile(
     r"(?:^<!-- (?P<remark>needs|not run|setup):\s*(?P<detail>.*?)\s*-->\n)?"
@@ -69,10 +78,10 @@ class Block(NamedTuple):
     @property
     def is_run(self) -> bool:
         """Whether the tests are to run it."""
-        if self.language == "sh":
-            return self.prints is not None
         if self.needs and not importlib.util.find_spec(self.needs):
             return False
+        if self.language == "sh":
+            return self.prints is not None
         return self.why_not_run is None
 
 
@@ -102,13 +111,13 @@ BLOCKS = {page: list(blocks_of(page)) for page in PAGES}
 def run(spawn: Spawn, tmp_path: Path) -> Callable[..., str]:
     """`run(command, ..., **popen_kwargs)`: what a command prints; it has to exit with 0.
 
-    It runs in the folder `work`, with the `python` and the `elastic-timer` of these tests.
+    It runs in the folder `work`, with the `COMMANDS` of these tests' own environment.
     """
     for name in ("bin", "tmp", "work"):
-        (tmp_path / name).mkdir()
-    for name, arguments in (("python", '"$@"'), ("elastic-timer", '-m elastic_timer "$@"')):
+        (tmp_path / name).mkdir(exist_ok=True)
+    for name, module in COMMANDS.items():
         script = tmp_path / "bin" / name
-        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {arguments}\n')
+        script.write_text(f'#!/bin/sh\nexec "{sys.executable}" {module} "$@"\n')
         script.chmod(0o755)
     environment = {
         "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
@@ -132,7 +141,12 @@ def run(spawn: Spawn, tmp_path: Path) -> Callable[..., str]:
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
 @pytest.mark.parametrize(
-    "page", [page for page, blocks in BLOCKS.items() if any(block.is_run for block in blocks)]
+    "page",
+    [
+        page
+        for page, blocks in BLOCKS.items()
+        if any(block.is_run for block in blocks) and not any(block.needs for block in blocks)
+    ],
 )
 def test_page_runs(run: Callable[..., str], tmp_path: Path, page: str) -> None:
     """Pasted in their order, a page's programs work, print what it shows, and leave nothing."""

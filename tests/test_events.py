@@ -92,8 +92,8 @@ def test_every_event_of_a_run(run: Callable[..., Child], tmp_path: Path) -> None
     assert all(before < record["time"] < time.time() for record in records)
     told = [(record["event"], record["pid"], record["scope"]) for record in records]
     assert told[0] == ("watchdog started", None, None)
-    assert told[-1] == ("watchdog stopped", None, None)
-    assert sorted(told[1:-1]) == sorted(
+    assert told[-2:] == [("blocks", None, None), ("watchdog stopped", None, None)]
+    assert sorted(told[1:-2]) == sorted(
         [
             ("timer expired", late, "too long"),
             ("kill worker process", late, "too long"),
@@ -101,7 +101,7 @@ def test_every_event_of_a_run(run: Callable[..., Child], tmp_path: Path) -> None
             *(("worker exited", pid, None) for pid in (late, reported, gone)),
         ]
     )
-    for record in records[1:-1]:
+    for record in records[1:-2]:
         assert record["rank"] is record["local_rank"] is None
     [kill] = [record for record in records if record["event"] == "kill worker process"]
     assert (kill["signal"], kill["scopes"]) == (signal.SIGKILL, ["too long"])
@@ -114,6 +114,35 @@ def test_every_event_of_a_run(run: Callable[..., Child], tmp_path: Path) -> None
 
 
 TIMER = FileTimerRequest(4711, "train.py#42", 1795150503.21, 9)
+PICTURE = {
+    "job": {"run_id": "nightly", "world_size": 8, "restart_count": 0},
+    "members": [
+        {
+            "host": "node-a",
+            "pid": 4711,
+            "rank": 3,
+            "local_rank": 1,
+            "scope": "train.py#42",
+            "passes": {"train.py#42": 1200},
+            "seconds": 60.1,
+            "expired": True,
+            "state": "S",
+            "stacks": [],
+            "stacks_missing": None,
+            "descendants": [],
+        }
+    ],
+}
+DURATIONS: dict[str, object] = {
+    "left": 1,
+    "longest": 0.5,
+    "pid": 4711,
+    "rank": 3,
+    "histogram": [(-7, 1)],
+}
+NONE: dict[str, object] = {"left": 0, "longest": None, "pid": None, "rank": None, "histogram": []}
+COUNTS = {"scope": "train.py#42", "entered": 3, "expired": 1, "unfinished": 1, "after": 60.0}
+BLOCK = {**COUNTS, **DURATIONS, "first": NONE}
 ALL_KINDS: list[kinds.Event] = [
     kinds.ServerStarted(1.5),
     kinds.ServerStopped(2.5),
@@ -122,7 +151,10 @@ ALL_KINDS: list[kinds.Event] = [
     kinds.TimerReleased(1.5, -4711, None, None, FileTimerRequest(-4711, "x", -1)),
     kinds.TimerExpired(1.5, 4711, 3, 1, TIMER, 0.01, None),
     kinds.WorkerSignalled(1.5, 4711, 3, 1, TIMER, 15, 0.02, ["train.py#42"]),
+    kinds.WorkerSpared(1.5, 4711, 3, 1, TIMER, 15, 0.02, ["train.py#42"]),
     kinds.WorkerExited(1.5, 4711, 3, 1, ["train.py#42"]),
+    kinds.JobHangs(1.5, PICTURE),
+    kinds.BlocksMeasured(1.5, [BLOCK], 1),
 ]
 
 
@@ -182,7 +214,8 @@ def test_reference_has_every_field() -> None:
     assert told == names | fields
     common = set.intersection(*(set(kind["properties"]) for kind in SCHEMA["oneOf"]))
     for kind in SCHEMA["oneOf"]:
-        [has] = [rest for name, rest in rows if name == kind["properties"]["event"]["const"]]
+        # The table of events comes before that of fields, and one of either is "blocks".
+        [has, *_] = [rest for name, rest in rows if name == kind["properties"]["event"]["const"]]
         own = set(re.findall(r"`(\w+)`", has))
         assert own == set(kind["properties"]) - common, kind
 

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from elastic_timer import FileTimerServer, LocalTimerServer, _clock, debug_info_logging
-from elastic_timer._evidence import expiry, stacks
+from elastic_timer._evidence import stacks
+from elastic_timer._server.events import TimerExpired
 from elastic_timer._server.process import refusal
 from elastic_timer.debug_info_logging import (
     add_debug_info_handler,
@@ -95,7 +96,6 @@ def _default_settings() -> Iterator[None]:
     yield
     set_stacks_timeout(2.0)
     debug_info_logging._handlers.clear()
-    expiry._last_taken = (0.0, 0.0)
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ def test_a_process_group_has_no_facts(
     assert record.timer_stacks_missing == "a process group, not a process"
 
 
-@pytest.mark.parametrize("pid", [os.getpid(), 1])
+@pytest.mark.parametrize("pid", [os.getpid(), 1], ids=["its own", "init"])
 def test_a_process_that_is_never_signalled_is_never_dumped(pid: int) -> None:
     """Least of all the server's own: nobody could end a py-spy that has stopped it."""
     taken = stacks.take_stacks({pid: "S"}, _clock.monotonic() + 2)[pid]
@@ -839,6 +839,34 @@ def test_the_kill_goes_ahead_of_a_handler_that_never_returns(
         assert reaped(guarded("asleep"), deadlines) < 2.2
     finally:
         release.set()
+
+
+def test_a_handler_that_blocks_is_waited_for_once(
+    fifo_path: str, spawn: Spawn, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Later workers are reaped at once, and have evidence again when it has come back."""
+    release = threading.Event()
+    blocks = [True]
+    add_debug_info_handler(lambda run_id, timers: blocks[0] and release.wait(60))
+    set_stacks_timeout(0.5)
+    with FileTimerServer(fifo_path, "run", max_interval=60) as server:
+        events: list[Any] = []
+        server.subscribe(events.append, TimerExpired)
+        try:
+            wait_dead(hang_in_a_block(spawn, fifo_path, "asleep").pid)
+            second = hang_in_a_block(spawn, fifo_path, "asleep")
+            wait_dead(second.pid)
+        finally:
+            blocks.clear()
+            blocks.append(False)
+            release.set()
+        eventually(lambda: len(logged(caplog)) == 2)
+        third = hang_in_a_block(spawn, fifo_path, "asleep")
+        wait_dead(third.pid)
+        eventually(lambda: len(events) == 3)
+    assert [event.evidence is None for event in events] == [True, True, False]
+    assert events[1].seconds_late < 0.5
+    assert "No evidence on worker" in caplog.text
 
 
 def test_one_dump_though_the_reap_is_tried_again(

@@ -13,11 +13,11 @@ import pytest
 
 from elastic_timer import (
     FileTimerClient,
-    FileTimerRequest,
     FileTimerServer,
     file_based_local_timer,
 )
 from elastic_timer._transport.pipe import has_room
+from elastic_timer._transport.wire import acquire_line
 from elastic_timer.file_based_local_timer import _retry
 from tests.support import (
     FAR,
@@ -112,9 +112,8 @@ def test_server_that_dies_with_its_pipe_full_is_outlived(
 
 def largest_scope(expiration_time: float) -> int:
     """How long a scope may be for its request to fill PIPE_BUF exactly, newline included."""
-    return (
-        select.PIPE_BUF - len(FileTimerRequest(os.getpid(), "", expiration_time, 9).to_json()) - 1
-    )
+    line = acquire_line("", expiration_time, 9)
+    return select.PIPE_BUF - len(line)
 
 
 def test_largest_request_fits(server: FileTimerServer, client: FileTimerClient) -> None:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from elastic_timer._server.process import environment_of, ranks
+from elastic_timer._server.job import ranks
+from elastic_timer._server.process import environment_of
 from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, set_stacks_timeout
 from tests.evidence_support import expired, logged
 from tests.support import eventually

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from elastic_timer import FileTimerServer
-from elastic_timer._evidence import expiry, stacks
+from elastic_timer._evidence import stacks
 from elastic_timer.debug_info_logging import (
     log_debug_info_for_expired_timers,
     set_stacks_timeout,
@@ -38,7 +38,6 @@ HANG_IN_A_BLOCK = """
 @pytest.fixture(autouse=True)
 def _default_settings() -> Iterator[None]:
     """Give each test a process that has taken no stacks yet."""
-    expiry._last_taken = (0.0, 0.0)
     yield
     set_stacks_timeout(2.0)
 
@@ -77,18 +76,26 @@ def test_b5_the_second_worker_waits_no_longer_than_the_first(
     assert max(lateness) < stacks_timeout() + 1, lateness
 
 
-def test_b5_what_was_waited_for_before_is_taken_off_the_time_for_stacks(
-    stand_in: Callable[[str], Path], sleepers: list[int]
+def test_nobody_waits_for_a_strangers_stacks(
+    spawn: Spawn, fifo_path: str, stand_in: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    """All of it where the timer ran out with the first one's, none where it did so afterwards."""
-    dumps = stand_in("exec sleep 600")
-    first, second = sleepers
-    set_stacks_timeout(0.5)
-    for pid, late, took in ((first, 0.0, 0.5), (second, 60.0, 0.0), (second, 0.0, 0.5)):
-        started = time.monotonic()
-        log_debug_info_for_expired_timers("run", {pid: expired(pid, late=late)})
-        assert took <= time.monotonic() - started < took + 0.45
-    assert len(dumps.read_text().splitlines()) == 2
+    """While the py-spy of one worker hangs, another one expires, is dumped, and dies at once."""
+    with FileTimerServer(fifo_path, "run", max_interval=60):
+        workers = [spawn(HANG_IN_A_BLOCK, fifo_path, after) for after in ("0.3", "0.4", "0.5")]
+        hung = workers[0]
+        go_on = tmp_path / "go on"
+        hang = f"until [ -e {shlex.quote(str(go_on))} ]; do sleep 0.02; done"
+        dumps = stand_in(f'[ "$4" != {hung.pid} ] || {hang}')
+        set_stacks_timeout(20)
+        for worker in workers:
+            worker.send_line("go")
+        for worker in workers[1:]:
+            wait_dead(worker)
+        assert is_alive(hung)
+        go_on.touch()
+        wait_dead(hung)
+        pids = [int(line.split()[3]) for line in dumps.read_text().splitlines()]
+        assert pids == [worker.pid for worker in workers]
 
 
 def test_b5_output_without_end_is_cut(
@@ -106,6 +113,20 @@ def test_b5_output_without_end_is_cut(
     assert [record.timer_stacks_missing for record in logged(caplog)] == [
         "py-spy wrote more than 4 MiB"
     ] * 2
+
+
+def test_what_is_given_up_is_ended(
+    stand_in: Callable[[str], Path], sleepers: list[int], tmp_path: Path
+) -> None:
+    """Dumps that nobody waits for any more leave no py-spy behind."""
+    pid_file = tmp_path / "pid"
+    stand_in(f"echo $$ > {shlex.quote(str(pid_file))}; exec sleep 600")
+    dumps = stacks.Dumps()
+    dumps.order("key", sleepers[0], "S", time.monotonic() + 60)
+    assert dumps.wait(0) == []
+    pid = int(eventually(lambda: pid_file.exists() and pid_file.read_text()))
+    dumps.close()
+    assert not is_alive(pid)
 
 
 @pytest.mark.parametrize("way", ["stdout", "stderr"])

@@ -109,7 +109,7 @@ def ignore_sigterm(channel: object) -> None:
 def test_b4_threads_that_do_not_run_by_themselves(
     fifo_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where eventlet has put its own in their place no server is made, and no FIFO."""
+    """Where others have been put in their place no server is made, and no FIFO."""
     patcher = types.ModuleType("eventlet.patcher")
     patched = {"thread"}
     patcher.is_monkey_patched = patched.__contains__  # type: ignore[attr-defined]  # A stand-in.

@@ -92,4 +92,4 @@ def test_b3_rubbish_without_end_delays_no_deadline(fifo_path: str, fork_worker: 
             deadline = worker.receive()
             lateness.append(wait_dead(worker) - deadline)
         assert min(lateness) >= 0
-        assert sorted(lateness)[1] < 0.5
+        assert sorted(lateness)[1] < 1

@@ -25,7 +25,7 @@ def test_typing_of_every_name_is_checked(name: str) -> None:
 
 def test_typing_of_what_is_new_is_checked() -> None:
     """So is each keyword that torch's timers do not have, and each way to use `expires`."""
-    assert {"reap_self", "kill_after"} <= KEYWORDS
+    assert {"reap_self", "kill_after", "required"} <= KEYWORDS
     decorated = {
         type(node)
         for node in ast.walk(TREE)

@@ -22,6 +22,7 @@ from elastic_timer.api import (
     TimerRequest,
     TimerServer,
     configure,
+    current,
     expires,
 )
 from elastic_timer.file_based_local_timer import (
@@ -50,6 +51,7 @@ __all__ = [
     "TimerRequest",
     "TimerServer",
     "configure",
+    "current",
     "expires",
 ]
 

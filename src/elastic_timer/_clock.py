@@ -1,8 +1,8 @@
 """The present moment, by clocks that test libraries do not freeze or move.
 
-`freezegun` puts other functions in the place of `time.time` and `time.monotonic`, wherever a module
-refers to them; `time-machine` has even the original `time.time` and CLOCK_REALTIME tell another
-time. A deadline by such a clock kills a worker that has time left.
+`freezegun` replaces `time.time` and `time.monotonic` in every module that refers to them, and
+`time-machine` changes what the original `time.time` and CLOCK_REALTIME tell. With such a clock a
+server would kill workers that have time left.
 """
 
 from __future__ import annotations
@@ -10,22 +10,23 @@ from __future__ import annotations
 import functools
 import time
 
-# Its number in Linux, for which the time module has no name. It lags by up to 10 ms.
+# The number that Linux has for this clock; the time module has no name for it. It is up to 10 ms
+# behind.
 _CLOCK_REALTIME_COARSE = 5
 
 try:
-    # Partials: to freezegun they are not the functions that it looks for.
+    # Partials, since freezegun replaces only the functions themselves.
     _now = functools.partial(time.clock_gettime, time.CLOCK_TAI)
     _now_about = functools.partial(time.clock_gettime, _CLOCK_REALTIME_COARSE)
-    _now() - _now_about()  # The system may lack what the time module has a name for.
+    _now() - _now_about()  # Raises OSError if the system lacks one of these clocks.
 
     def epoch() -> float:
-        """The wall clock, in epoch seconds: CLOCK_TAI is ahead of it by leap seconds alone."""
+        """The wall clock, in epoch seconds. CLOCK_TAI is ahead of it by whole (leap) seconds."""
         now = _now()
         return now - round(now - _now_about())
 
 except (AttributeError, OSError):
-    # Not Linux: there time-machine is believed.
+    # Not Linux. There, time-machine does change what this tells.
     epoch = functools.partial(time.time)
 
 monotonic = functools.partial(time.monotonic)

@@ -1,26 +1,47 @@
-"""What a timer is, who asks for one and who keeps it: the interfaces, `configure` and `expires`."""
+"""What a timer is, who asks for one and who keeps it: the interfaces, `configure`, `expires`."""
 
 from __future__ import annotations
 
 import abc
-import contextlib
 import functools
 import logging
-import operator
 import os
 import sys
-import threading
-import weakref
 from collections.abc import Awaitable, Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from elastic_timer._clock import epoch
+from elastic_timer._clock import epoch, monotonic
 from elastic_timer._server.callbacks import contained_logger
-from elastic_timer._transport.pipe import UNREACHABLE_AFTER
+from elastic_timer._worker import environment
+from elastic_timer._worker.handles import (
+    QUIET_PART,
+    Pause,
+    checked,
+    current_hold,
+    handle_of,
+)
+from elastic_timer._worker.holds import (
+    NOBODY,
+    Exit,
+    Hold,
+    end_handle,
+    get_innermost,
+    handles,
+    on_death,
+    outer_hold,
+    owed,
+    patiently,
+    release,
+    send_owed,
+    set_innermost,
+)
+from elastic_timer._worker.scopes import place, thread_or_task
 
 if TYPE_CHECKING:
     import datetime
-    from types import FrameType, TracebackType
+    from contextlib import AbstractContextManager
+    from types import TracebackType
+    from typing import TypeVar
 
     from typing_extensions import ParamSpec, Self
 
@@ -33,6 +54,7 @@ __all__ = [
     "TimerRequest",
     "TimerServer",
     "configure",
+    "current",
     "expires",
 ]
 
@@ -42,19 +64,6 @@ _watchdog_logger = contained_logger(__name__)
 
 # The longest deadline there is: the latest moment must stay a number of seconds.
 _LONGEST = sys.float_info.max / 2
-
-# How often a release is tried that further interrupts cut short.
-_SETTLING_TRIES = 10
-
-# How often `async with` tries to reach a server.
-_ASYNC_TRIES = 10
-
-# CO_GENERATOR and CO_ASYNC_GENERATOR, see the module inspect, which takes long to import.
-_ANY_GENERATOR = 0x20 | 0x200
-
-# Where in the code of its line an unnamed block stands, by `file#line`: the first one that is met
-# there has this alone for its scope.
-_first_calls: dict[str, int] = {}
 
 
 class TimerRequest:
@@ -257,7 +266,7 @@ class TimerServer(abc.ABC):
 
         Raises:
             RuntimeError: It was stopped while it was busy, and still is; or the threads of this
-                process are eventlet's.
+                process are eventlet's or gevent's.
         """
         self._stop_signaled = False
         if self._loop.start():
@@ -284,164 +293,88 @@ class _Unset:
 
 _UNSET = _Unset()
 _timer_client: TimerClient | None = None
+# What the environment says: by how much to multiply every `after`, and whom to ask instead of any
+# client, if anybody.
+_scale, _instead = environment.read_or_refuse()
 
 
-def configure(timer_client: TimerClient | _Unset | None = _UNSET) -> None:
+def configure(timer_client: TimerClient | _Unset | None = _UNSET, *, required: bool = True) -> None:
     """Set the client that `expires` uses in this process.
 
     Args:
         timer_client: The client. None unsets it. Without the argument it is a `FileTimerClient`
             for the FIFO that the environment variable `TORCHELASTIC_TIMER_FILE` names, which
             `elastic-timer run` and torchrun set.
+        required: Whether a block needs its timer. Where it is False, blocks run without a deadline
+            while there is no variable, no client or no server that can be reached: that costs one
+            warning in the log of each process, no error and no wait. The server is looked for
+            again every 5 s at most.
 
     Raises:
         RuntimeError: Called without the argument, and the variable is not set.
-        TypeError: The argument is no client; a path, say.
+        TypeError: The client is none; a path, say.
+        ValueError: `ELASTIC_TIMER_SCALE` or `ELASTIC_TIMER_DISABLE` has a value of no use.
 
     .. versionadded:: 0.1.0
     """
-    global _timer_client
+    global _timer_client, _scale, _instead
+    _scale, _instead = environment.read()
     if isinstance(timer_client, _Unset):
-        path = os.environ.get("TORCHELASTIC_TIMER_FILE")
-        if not path:
-            raise RuntimeError(
-                "configure() without a client needs the environment variable "
-                "TORCHELASTIC_TIMER_FILE; start this program with `elastic-timer run -- ...`, "
-                "or pass a client"
-            )
-        # Here, as that module imports this one.
-        from elastic_timer.file_based_local_timer import FileTimerClient
-
-        timer_client = FileTimerClient(path)
+        timer_client = _client_of_the_environment(required)
     # By its methods: it may be of any class, upstream's for one.
     if timer_client is not None and not hasattr(timer_client, "acquire"):
         raise TypeError(
             f"timer_client must be a client such as FileTimerClient(path), not {timer_client!r}"
         )
+    if not required:
+        # Here, as others need it not.
+        from elastic_timer._worker.optional import made_optional
+
+        timer_client = made_optional(timer_client)
     _timer_client = timer_client
-    if timer_client is None:
+    if _instead is not None:
+        logger.warning("This process has no timers, as %s=1", environment.DISABLE)
+    elif timer_client is None:
         logger.info("This process has no timer client any more")
     else:
         logger.info("Timer client set to %s", type(timer_client).__name__)
 
 
-class _Hold(weakref.ref):  # type: ignore[type-arg]  # What it refers to is of no interest.
-    """A timer that is released when an object dies, unless it was before.
+def _client_of_the_environment(required: bool) -> TimerClient | None:
+    path = os.environ.get("TORCHELASTIC_TIMER_FILE")
+    if path:
+        # Here, as that module imports this one.
+        from elastic_timer.file_based_local_timer import FileTimerClient
 
-    The object is what a `with` statement keeps on the stack of its frame, and nothing else refers
-    to. It dies when the block is left in whatever way: an interrupt may come at the very entry of
-    `__exit__`, and a traceback that is kept keeps the frames and the `expires` alive.
+        return FileTimerClient(path)
+    if _instead is not None:
+        return None
+    if required:
+        raise RuntimeError(
+            "configure() without a client needs the environment variable TORCHELASTIC_TIMER_FILE; "
+            "start this program with `elastic-timer run -- ...`, pass a client, or say "
+            "configure(required=False) where it may run without deadlines"
+        )
+    from elastic_timer._worker.optional import warn_once
+
+    warn_once("TORCHELASTIC_TIMER_FILE is not set: no `elastic-timer run` or torchrun is around")
+    return None
+
+
+def current() -> expires:
+    """The innermost block that this thread or task is in, by its handle.
+
+    For code that has no other way to it: in a function that `expires` decorates, or deep below a
+    `with` statement. What runs in a copy of a block's context, such as an asyncio task that is
+    started within it, is in that block as long as it lasts.
+
+    Raises:
+        RuntimeError: It is in no block, or in none that this process has entered: a forked child is
+            not in the blocks of its parent.
+
+    .. versionadded:: 0.2.0
     """
-
-    __slots__ = ("client", "scope")
-    # A reference would be equal to all others to the same object.
-    __eq__ = object.__eq__
-    __hash__ = object.__hash__
-
-    client: TimerClient
-    scope: str | None  # None: there is nothing to release.
-
-    def settle(self) -> None:
-        """Release the timer now, or owe that where it would take a wait."""
-        for _ in range(_SETTLING_TRIES):
-            if self.scope is None:
-                break
-            try:
-                _at_once(self.client, self.client.release, self.scope)
-            except Exception as error:
-                logger.debug("Timer %s could not be released: %s", self.scope, error)
-                break
-            except BaseException:
-                continue  # A second interrupt; the first is on its way to the caller.
-            self.scope = None
-        if self.scope is not None:
-            self.owe()
-        with contextlib.suppress(ValueError):
-            _owed.remove(self)
-
-    def owe(self) -> None:
-        """Have the release sent before the next request of the client."""
-        owed = _Hold(_Hold)
-        owed.client, owed.scope = self.client, self.scope
-        _owed.append(owed)
-        self.scope = None
-
-
-def _release(hold: _Hold) -> None:
-    """Release what a hold is for, after what its client owes."""
-    if _owed:
-        _send_owed(hold.client)
-    hold.client.release(hold.scope)  # type: ignore[arg-type]  # There is one to release.
-
-
-_owed: list[_Hold] = []
-_Hold.on_death_1 = property(_owed.append)  # type: ignore[attr-defined]
-_Hold.on_death_2 = property(_Hold.settle)  # type: ignore[attr-defined]
-# Called when the object of a hold dies. The first attribute is looked up by C code alone: a second
-# interrupt, which may come at the entry of settle(), loses no release.
-_on_death = operator.attrgetter("on_death_1", "on_death_2")
-
-
-def _send_owed(client: TimerClient) -> None:
-    for hold in tuple(_owed):
-        if hold.scope is not None and hold.client == client:
-            try:
-                client.release(hold.scope)
-            except (RuntimeError, TypeError, ValueError) as error:
-                logger.debug("Timer %s can't be released: %s", hold.scope, error)
-            hold.scope = None
-        if hold.scope is None:
-            with contextlib.suppress(ValueError):
-                _owed.remove(hold)
-
-
-def _at_once(client: TimerClient, request: Callable[..., object], *args: object) -> None:
-    """Send a request; where the client could wait for its server, it fails instead."""
-    getattr(client, "_at_once", _call)(request, *args)
-
-
-def _call(request: Callable[..., object], *args: object) -> None:
-    request(*args)
-
-
-async def _patiently(client: TimerClient | None, request: Callable[[], None]) -> None:
-    """Send a request; waits for the client's server go without blocking the event loop."""
-    asyncio = sys.modules.get("asyncio")
-    at_once: Callable[[Callable[[], None]], None] | None = getattr(client, "_at_once", None)
-    if at_once is None or asyncio is None or asyncio._get_running_loop() is None:
-        request()
-        return
-    for _ in range(_ASYNC_TRIES):
-        try:
-            at_once(request)
-            return
-        except BrokenPipeError:
-            await asyncio.sleep(UNREACHABLE_AFTER / _ASYNC_TRIES)
-    at_once(request)
-
-
-class _Exit(property):
-    """An exit that the `with` statement gets anew for each block, to be watched by a `_Hold`.
-
-    Looked up on the class, as ExitStack does, it is a plain callable.
-    """
-
-    def __init__(self, leave: Callable[..., object]) -> None:
-        self._leave = leave
-        partial = functools.partial
-
-        def get(block: expires) -> Callable[..., object]:
-            token = partial(leave, block)
-            if block._hold is None or block._hold.scope is None:
-                hold = _Hold(token, _on_death)
-                hold.scope = None
-                block._hold = hold
-            return token
-
-        super().__init__(get)
-
-    def __call__(self, *args: object) -> object:
-        return self._leave(*args)
+    return current_hold().block()
 
 
 class expires:  # Upstream's name: it reads as a verb in `with expires(after=60):`.
@@ -451,6 +384,10 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
 
         with expires(after=60):
             step()
+
+    What it gives, `with expires(after=60) as timer:`, is its handle, by which a block can ask for
+    more time: `when`, `reschedule`, `tick` and `paused`. `current()` gives that of the block one is
+    in.
 
     It works as an asynchronous context manager too, and as a decorator for functions and coroutine
     functions, where every call has a deadline of its own. What reaping means is up to the client
@@ -502,16 +439,16 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
                 f"after must be a finite number of seconds, zero or more, and not {after}"
             )
         self._client = client
-        self._hold: _Hold | None = None
+        self._hold: Hold | None = None
         self._is_named = scope is not None
         if scope is None:
-            scope = _place(sys._getframe(1), self)
+            scope = place(sys._getframe(1), self)
         elif not isinstance(scope, str):
             raise TypeError(f"scope must be a string, the block's name, and not {scope!r}")
         self._scope = scope
 
-    def __enter__(self) -> None:
-        client = _timer_client if self._client is None else self._client
+    def __enter__(self) -> Self:
+        client = self._chosen_client()
         if client is None:
             raise RuntimeError(
                 "there is no timer client: call elastic_timer.configure(...) first, or pass client="
@@ -519,28 +456,42 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
         hold = self._hold
         if hold is None or hold() is None:
             # Not called by a `with` statement: there is nothing to watch but this object.
-            self._hold = hold = _Hold(self, _on_death)
+            self._hold = hold = Hold(self, on_death)
         elif hold.scope is not None:
             raise RuntimeError(
                 "this expires(...) is entered already; make one for each block that can be entered"
             )
+        hold.outer = None if get_innermost() is None else outer_hold()
+        set_innermost(hold)
+        full = self._after * _scale
         # From here on the timer is released whatever interrupts, though it is not acquired yet.
         hold.client = client
-        hold.scope = scope = self._scope if self._is_named else self._scope + _thread_or_task()
+        hold.scope = scope = self._scope if self._is_named else self._scope + thread_or_task()
         try:
-            if _owed:
-                _send_owed(client)
-            client.acquire(scope, epoch() + self._after)
+            if owed:
+                send_owed(client)
+            hold.entered = now = monotonic()
+            hold.quiet_until = now + full * QUIET_PART
+            hold.expiration_time = expiration_time = epoch() + full
+            client.acquire(scope, expiration_time)
+            hold.full = full
         except BrokenPipeError:  # The client's own word that nothing was sent.
             hold.scope = None
+            hold.client = NOBODY
             raise
         except BaseException:
             hold.settle()
             raise
+        return self
 
-    async def __aenter__(self) -> None:
-        client = _timer_client if self._client is None else self._client
-        await _patiently(client, self.__enter__)
+    async def __aenter__(self) -> Self:
+        await patiently(self._chosen_client(), self.__enter__)
+        return self
+
+    def _chosen_client(self) -> TimerClient | None:
+        if _instead is not None:
+            return _instead
+        return _timer_client if self._client is None else self._client
 
     def _leave(
         self, exc_type: type[BaseException] | None, exception: object, traceback: object
@@ -548,21 +499,32 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
         hold = self._hold
         if hold is None or hold.scope is None:
             return
+        hold.full = None
         try:
-            if _owed:
-                _send_owed(hold.client)
+            if handles:
+                end_handle(hold)
+            if owed:
+                send_owed(hold.client)
             hold.client.release(hold.scope)
         except BaseException as error:
             self._fail_to_leave(hold, error, exc_type)
+        if get_innermost() is hold:
+            set_innermost(hold.outer)
         hold.scope = self._hold = None
 
     def _start_leaving(self, *exception: Any) -> Coroutine[object, object, None]:
         coroutine = self._leave_async(*exception)
         hold = self._hold
         if hold is not None and hold.scope is not None:
-            # What was watched dies when this returns; from now on the block lasts as long as that.
-            self._hold = _Hold(coroutine, _on_death)
-            self._hold.client, self._hold.scope = hold.client, hold.scope
+            hold.full = None
+            if handles:
+                end_handle(hold)
+            if get_innermost() is hold:
+                set_innermost(hold.outer)
+            # What was watched dies when this returns; from now on the block lasts as long as the
+            # coroutine. Nothing may be called in between: a traceback would keep that.
+            self._hold = later = Hold(coroutine, on_death)
+            later.full, later.client, later.scope = None, hold.client, hold.scope
             hold.scope = None
         return coroutine
 
@@ -573,13 +535,13 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
         if hold is None or hold.scope is None:
             return
         try:
-            await _patiently(hold.client, lambda: _release(hold))
+            await patiently(hold.client, lambda: release(hold))
         except BaseException as error:
             self._fail_to_leave(hold, error, exc_type)
         hold.scope = self._hold = None
 
     def _fail_to_leave(
-        self, hold: _Hold, error: BaseException, body_type: type[BaseException] | None
+        self, hold: Hold, error: BaseException, body_type: type[BaseException] | None
     ) -> None:
         """Owe the release, and raise the error unless it would hide the body's own."""
         scope = hold.scope
@@ -614,8 +576,64 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
         ) -> None: ...
 
     else:
-        __exit__ = _Exit(_leave)
-        __aexit__ = _Exit(_start_leaving)
+        __exit__ = Exit(_leave)
+        __aexit__ = Exit(_start_leaving)
+
+    def when(self) -> float:
+        """The deadline as the server was told it last, in epoch seconds; infinite in a pause.
+
+        Raises:
+            RuntimeError: Called outside of the block, or in a forked child of its process.
+
+        .. versionadded:: 0.2.0
+        """
+        return checked(self._hold).expiration_time
+
+    def reschedule(self, after: float | datetime.timedelta) -> None:
+        """Have the deadline be so long from now on; `tick` then gives as much time again.
+
+        Args:
+            after: The time, in seconds or as a timedelta. In a pause it begins at its end.
+
+        Raises:
+            TypeError: `after` is of no use.
+            ValueError: `after` is negative, NaN or infinite.
+            RuntimeError: Called outside of the block, or in a forked child of its process.
+            BrokenPipeError: The server can't be reached; the deadline is as before.
+
+        .. versionadded:: 0.2.0
+        """
+        handle_of(self._hold).extend(expires(after, "")._after * _scale)
+
+    def tick(self) -> None:
+        """Tell that there was progress: the full time begins again.
+
+        It is sent where a tenth of that time has passed; otherwise nothing is, and the call takes
+        less than 0.3 us. So the deadline comes up to a tenth earlier than by the last tick.
+
+        Raises:
+            RuntimeError: Called outside of the block, or in a forked child of its process.
+            BrokenPipeError: The server can't be reached; the deadline is as before.
+
+        .. versionadded:: 0.2.0
+        """
+        hold = checked(self._hold)
+        if monotonic() >= hold.quiet_until:
+            handle_of(hold).extend(cast("float", hold.full))
+
+    def paused(self) -> AbstractContextManager[None]:
+        """A part of the block without a deadline: `with timer.paused():`.
+
+        What was left of the time begins to run again at its end, in whatever way that comes. Pauses
+        may be nested, and overlap in several threads: then the last one's end counts. The server
+        still holds the timer, with a deadline tens of thousands of years away.
+
+        Raises:
+            RuntimeError: Called outside of the block, or in a forked child of its process.
+
+        .. versionadded:: 0.2.0
+        """
+        return Pause(self._hold)
 
     def __call__(self, function: Callable[_P, _R]) -> Callable[_P, _R]:
         """Decorate a function or a coroutine function: each of its calls has the deadline.
@@ -634,14 +652,14 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
                 "runs; put `with expires(...):` into the body"
             )
         code = getattr(inspect.unwrap(function), "__code__", None)
-        place = f"{code.co_filename}#{code.co_firstlineno}" if code else self._scope
+        its_place = f"{code.co_filename}#{code.co_firstlineno}" if code else self._scope
         # A function decorated twice has two deadlines.
         count = getattr(function, "__elastic_timer__", 0)
         if count:
-            place += f"@{count}"
+            its_place += f"@{count}"
 
         def deadline() -> expires:
-            block = expires(self._after, self._scope if self._is_named else place, self._client)
+            block = expires(self._after, self._scope if self._is_named else its_place, self._client)
             block._is_named = self._is_named
             return block
 
@@ -678,28 +696,3 @@ def _seconds(after: object) -> float:
     if hasattr(after, "total_seconds"):
         return float(after.total_seconds())
     raise TypeError(f"after must be a number of seconds or a timedelta, and not {after!r}")
-
-
-def _place(caller: FrameType, block: expires) -> str:
-    """The default scope: `file#line`, and what tells it from others of the same line."""
-    place = f"{caller.f_code.co_filename}#{caller.f_lineno}"
-    if _first_calls.setdefault(place, caller.f_lasti) != caller.f_lasti:
-        place += f"@{caller.f_lasti}"
-    if caller.f_code.co_flags & _ANY_GENERATOR:
-        # Several generators may be within their blocks at a time; as long as one is, it keeps this
-        # object, so that no other has its address.
-        place += f"@generator-{id(block):x}"
-    return place
-
-
-def _thread_or_task() -> str:
-    """What tells the default scope of this thread or asyncio task from those of others."""
-    # Not imported here: a process that has no asyncio has no tasks, and importing takes long.
-    asyncio = sys.modules.get("asyncio")
-    if asyncio is not None:
-        loop = getattr(asyncio, "_get_running_loop", lambda: None)()
-        task = None if loop is None else asyncio.current_task(loop)
-        if task is not None:
-            return f"@task-{id(task):x}"
-    thread = threading.get_ident()
-    return "" if thread == threading.main_thread().ident else f"@thread-{thread}"

@@ -9,7 +9,6 @@ import os
 import signal as signals
 import stat
 import sys
-import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
@@ -33,18 +32,27 @@ from elastic_timer._transport.pipe import (
     PIPE_BUF,
     SIGPIPE,
     UNREACHABLE_AFTER,
+    at_once,
     check_pipe,
     has_room,
+    may_wait,
     sigpipe_handler,
     too_large,
     write,
 )
 from elastic_timer._transport.wire import acquire_line, encode, encode_line, release_line
 from elastic_timer.api import TimerClient, TimerRequest
-from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
+from elastic_timer.debug_info_logging import (
+    collectives,
+    log_debug_info_for_expired_timers,
+    native_stacks,
+    stacks_timeout,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import ParamSpec
+
+    from elastic_timer._worker.optional import Lookout
 
     _P = ParamSpec("_P")
 
@@ -66,9 +74,6 @@ else:
 
 # Windows has no O_NONBLOCK, and no FIFO that could be opened.
 _OPEN_FLAGS = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)
-
-# Per thread: whether a client may wait for its server.
-_mode = threading.local()
 
 # How often a server looks whether its FIFO is still where it was made, in seconds: often enough
 # that clients, which try for about a second, find it again.
@@ -165,6 +170,9 @@ class FileTimerClient(TimerClient):
         file_path: The server's FIFO.
         signal: What to send this process when a timer expires. Zero or less means to report the
             timer and to leave the process alone.
+        required: Whether a request needs the server. Where it is False, requests do nothing while
+            the server can't be reached: that costs one warning in the log of each process, no error
+            and no wait. The server is looked for again every 5 s at most.
 
     Raises:
         TypeError: The signal is no number.
@@ -177,6 +185,8 @@ class FileTimerClient(TimerClient):
         self,
         file_path: str,
         signal: int = _DEFAULT_SIGNAL,
+        *,
+        required: bool = True,
     ) -> None:
         super().__init__()
         if not isinstance(signal, int):
@@ -193,6 +203,12 @@ class FileTimerClient(TimerClient):
         )
         self._is_owner_known = False
         self.signal = signal
+        self._lookout: Lookout | None = None
+        if not required:
+            # Here, as others need it not.
+            from elastic_timer._worker.optional import Lookout
+
+            self._lookout = Lookout(self)
 
     def __eq__(self, other: object) -> bool:
         """Whether both send to the same server: what one of them owes, the other may send."""
@@ -240,7 +256,7 @@ class FileTimerClient(TimerClient):
                     os.close(fd)
                 return
         except OSError as error:
-            if not getattr(_mode, "waits", True):
+            if not may_wait():
                 raise self._unreachable(error) from error
             self._send_patiently(line)
 
@@ -265,11 +281,10 @@ class FileTimerClient(TimerClient):
 
     def _at_once(self, method: Callable[..., object], *args: object) -> None:
         """Call a method of this client that does not wait for the server, but fails at once."""
-        _mode.waits = False
-        try:
-            method(*args)
-        finally:
-            _mode.waits = True
+        if self._lookout is None:
+            at_once(method, *args)
+        else:
+            method(*args)  # It waits for no server, and fails for none.
 
     def _check_owner(self, fd: int) -> None:
         status = os.fstat(fd)
@@ -297,12 +312,14 @@ class FileTimerClient(TimerClient):
         When it returns, the request has left the process.
 
         Raises:
-            BrokenPipeError: The server could not be reached for about a second.
+            BrokenPipeError: The server is required and could not be reached for about a second.
             RuntimeError: The request does not fit in one atomic write; shorten the scope.
             ValueError: The expiration time is NaN or infinite.
         """
+        if self._lookout is not None and may_wait():
+            self._lookout.acquire(scope_id, expiration_time)
         # Without a request object, which takes long, unless somebody looks at those.
-        if type(self)._send_request is _send_request:
+        elif type(self)._send_request is _send_request:
             self._send(acquire_line(scope_id, expiration_time, self.signal))
         else:
             self._send_request(
@@ -313,10 +330,12 @@ class FileTimerClient(TimerClient):
         """Release a timer of this process; see `TimerClient.release`.
 
         Raises:
-            BrokenPipeError: The server could not be reached for about a second.
+            BrokenPipeError: The server is required and could not be reached for about a second.
             RuntimeError: The request does not fit in one atomic write.
         """
-        if type(self)._send_request is _send_request:
+        if self._lookout is not None and may_wait():
+            self._lookout.release(scope_id)
+        elif type(self)._send_request is _send_request:
             self._send(release_line(scope_id))
         else:
             self._send_request(FileTimerRequest(os.getpid(), scope_id, -1))
@@ -351,6 +370,20 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         kill_after: How many seconds a worker may outlive a signal other than SIGKILL before it
             gets SIGKILL, unless it leaves the block. None means for ever. Process groups are not
             followed.
+        kill_tree: Whether a worker that is reaped takes what it has started along. These processes
+            are found while it lives, and get SIGKILL with it; after another signal, which it alone
+            gets, once it is gone or `kill_after` is over, and not where it leaves the block. Never
+            the server, its ancestors, or a process of another user than the worker's. What is
+            still there 5 s later is named in the log. Of a process group nothing is looked for.
+
+            Not guaranteed: that a process is found whose parent had ended before (a daemon), but
+            for those in a session that the worker or a descendant leads.
+
+            .. versionadded:: 0.2.0
+        dry_run: Report who has overrun a deadline and would have been signalled, and signal
+            nobody, whatever signal the clients name.
+
+            .. versionadded:: 0.2.0
         status: Answer `elastic-timer status` on a socket beside the FIFO, `file_path` with
             ".sock" behind it, for this user and root alone. Where it can't be made, a warning says
             why, and the server runs without.
@@ -360,7 +393,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
     Raises:
         FileExistsError: Something lies at `file_path` that is no FIFO, or that a server reads.
         FileNotFoundError: The folder of `file_path` does not exist.
-        NotImplementedError: The platform has no FIFOs.
+        NotImplementedError: The platform has no FIFOs; or with `kill_tree`, no /proc.
         ValueError: `max_interval` or `kill_after` is not a positive number.
 
     .. versionadded:: 0.1.0
@@ -378,6 +411,8 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         *,
         reap_self: bool = False,
         kill_after: float | None = None,
+        kill_tree: bool = False,
+        dry_run: bool = False,
         status: bool = False,
     ) -> None:
         super().__init__(
@@ -386,6 +421,8 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
             max_interval,
             daemon,
             kill_after,
+            kill_tree,
+            dry_run,
         )
         self._file_path = file_path
         self._reap_self = reap_self
@@ -426,7 +463,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
             FileExistsError: Since the server was made, something else was put in its FIFO's place,
                 or another server has begun to read at its path.
             RuntimeError: It was stopped while it was busy, and still is; or the threads of this
-                process are eventlet's.
+                process are eventlet's or gevent's.
         """
         self._run_once = False
         super().start()
@@ -488,6 +525,9 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
                 self._keep_fifo()
         return self._source.drain()
 
+    def _is_ending(self) -> bool:
+        return self._run_once or super()._is_ending()
+
     def _keep_fifo(self) -> None:
         """Make the FIFO anew where it was removed; say so where that can't be done."""
         if self._source.is_in_place():
@@ -540,8 +580,8 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
     def _call_debug_hook(self, expired: dict[int, list[str]]) -> object:
         return log_debug_info_for_expired_timers(self._run_id, expired)
 
-    def _debug_hook_timeout(self) -> float:
-        return stacks_timeout()
+    def _evidence_wanted(self) -> tuple[float, bool, tuple[str, ...]]:
+        return stacks_timeout(), native_stacks(), collectives()
 
 
 def _as_log_event(log_event: Callable[[str, FileTimerRequest | None], None]) -> Listener:

@@ -16,6 +16,7 @@ from elastic_timer import _clock
 from elastic_timer._server.callbacks import contained_logger
 from elastic_timer._server.server import ProcessServer
 from elastic_timer._transport import wire
+from elastic_timer._transport.pipe import at_once
 from elastic_timer._transport.queue_pipe import (
     PipeReader,
     PipeWriter,
@@ -24,7 +25,12 @@ from elastic_timer._transport.queue_pipe import (
 )
 from elastic_timer._transport.rubbish import RubbishLog
 from elastic_timer.api import RequestQueue, TimerClient, TimerRequest, TimerServer
-from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, stacks_timeout
+from elastic_timer.debug_info_logging import (
+    collectives,
+    log_debug_info_for_expired_timers,
+    native_stacks,
+    stacks_timeout,
+)
 
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
@@ -92,6 +98,10 @@ class LocalTimerClient(TimerClient):
             ValueError: The queue is closed.
         """
         self._send(TimerRequest(os.getpid(), scope_id, -1))
+
+    def _at_once(self, method: Callable[..., object], *args: object) -> None:
+        """Call a method of this client that does not wait for a full queue, but fails at once."""
+        at_once(method, *args)
 
 
 class MultiprocessingRequestQueue(RequestQueue):
@@ -254,8 +264,16 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
         max_interval: The longest time between two rounds of the watchdog, in seconds. Deadlines
             and requests are seen to when they come, whatever it is.
         daemon: Whether the interpreter may exit while the watchdog runs.
+        kill_tree: Whether a worker that is reaped takes what it has started along; see
+            `FileTimerServer`.
+
+            .. versionadded:: 0.2.0
+        dry_run: Report who has overrun a deadline and would have been killed, and signal nobody.
+
+            .. versionadded:: 0.2.0
 
     Raises:
+        NotImplementedError: With `kill_tree`, where there is no /proc.
         ValueError: `max_interval` is not a positive number.
 
     .. versionadded:: 0.1.0
@@ -264,9 +282,22 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
     _request_queue: MultiprocessingRequestQueue
     _source: MultiprocessingRequestQueue
 
-    def __init__(self, mp_queue: Queue[Any], max_interval: float = 60, daemon: bool = True) -> None:
+    def __init__(
+        self,
+        mp_queue: Queue[Any],
+        max_interval: float = 60,
+        daemon: bool = True,
+        *,
+        kill_tree: bool = False,
+        dry_run: bool = False,
+    ) -> None:
         super().__init__(
-            lambda: MultiprocessingRequestQueue(mp_queue), _RUN_ID, max_interval, daemon
+            lambda: MultiprocessingRequestQueue(mp_queue),
+            _RUN_ID,
+            max_interval,
+            daemon,
+            kill_tree=kill_tree,
+            dry_run=dry_run,
         )
         self._request_queue = self._source
 
@@ -324,5 +355,5 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
     def _call_debug_hook(self, expired: dict[int, list[str]]) -> object:
         return log_debug_info_for_expired_timers(self._run_id, expired) if expired else None
 
-    def _debug_hook_timeout(self) -> float:
-        return stacks_timeout()
+    def _evidence_wanted(self) -> tuple[float, bool, tuple[str, ...]]:
+        return stacks_timeout(), native_stacks(), collectives()

@@ -13,6 +13,7 @@ from typing import Any
 
 from tests.benchmarks import peers
 from tests.benchmarks.harness import (
+    OURS,
     SPAWN,
     Host,
     Results,
@@ -31,6 +32,9 @@ LOST = Work("burst: requests lost", "", "clients")
 RATE = Work("burst: requests served", "1/s", "clients")
 SHARE = Work("burst: the server's share of one core", "%", "clients")
 CLIENTS = (2, 8, 16)
+
+PLAIN = f"{OURS}, file"
+MEASURING = f"{OURS}, file, blocks measured"
 
 # torch's server counts what it has read once a max_interval, and is waited for.
 _MAX_INTERVAL = 1
@@ -53,14 +57,19 @@ def measure(results: Results) -> None:
     progress("burst: servers start")
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         contestants = []
-        for library in (ELASTIC_TIMER, UPSTREAM):
+        for name, library in (
+            (PLAIN, ELASTIC_TIMER),
+            (MEASURING, ELASTIC_TIMER),
+            (f"{UPSTREAM.name}, file", UPSTREAM),
+        ):
             if library.name not in results.skipped:
-                path = f"{folder}/{library.name}"
+                path = f"{folder}/{name}"
+                measures = name == MEASURING
                 server = stack.enter_context(
-                    hosted(peers.file_server, library, path, _MAX_INTERVAL)
+                    hosted(peers.file_server, library, path, _MAX_INTERVAL, measures)
                 )
                 clients = stack.enter_context(hosted(_clients, library, path))
-                contestants.append(Contestant(f"{library.name}, file", server, clients))
+                contestants.append(Contestant(name, server, clients))
         # Not torch's queue: its clients would pile up requests in their own memory, which
         # take minutes to be served.
         queue = SPAWN.Queue()

@@ -95,6 +95,18 @@ def _load(results: Results) -> Iterator[Goal]:
             )
             work = f"burst, {kind}, {clients} clients"
             yield Goal(work, "none fails, none lost", figure, not (failed.worst or lost.worst))
+    for clients in burst.CLIENTS:
+        plain, measuring = (
+            results.find(burst.RATE, name, clients) for name in (burst.PLAIN, burst.MEASURING)
+        )
+        if plain and measuring:
+            ratio = statistics.median(
+                on / off for on, off in zip(measuring.samples, plain.samples, strict=True)
+            )
+            work = f"burst, file, {clients} clients, blocks measured"
+            goal = "at least 0.75 of the requests/s without"
+            figure = f"{ratio:.2f} ({measuring.median:,.0f}, {plain.median:,.0f})"
+            yield Goal(work, goal, figure, ratio >= 0.75)
 
 
 def _weights(results: Results) -> Iterator[Goal]:

@@ -61,10 +61,22 @@ def find() -> tuple[dict[str, str], dict[str, str]]:
     return versions, skipped
 
 
-def file_server(connection: Connection, library: Library, path: str, max_interval: float) -> None:
-    """Host: a FIFO server; answers with the requests received and the timers held."""
+def file_server(
+    connection: Connection,
+    library: Library,
+    path: str,
+    max_interval: float,
+    measures: bool = False,
+) -> None:
+    """Host: a FIFO server; answers with the requests received and the timers held.
+
+    With `measures`, which only ours can, it measures blocks, as under `run --summary`.
+    """
     silence()
     server = library.load().FileTimerServer(path, "benchmark", max_interval)
+    if measures:
+        events = importlib.import_module("elastic_timer._server.events")
+        server.subscribe(lambda _: None, events.BlocksMeasured)
     server.start()
     connection.send("ready")
     serve(connection, lambda _: (server._request_count, len(server._timers)))

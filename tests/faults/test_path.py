@@ -30,6 +30,7 @@ def test_c2_another_user_can_not_meddle(tmp_path: Path, fork_worker: Fork) -> No
     assert_nobody_can_meddle(tmp_path, fork_worker, 20)
 
 
+@pytest.mark.alone
 def test_b3_rubbish_without_end_delays_no_deadline(
     file_link: Link, serve: Callable[..., ServerProcess], fork_worker: Fork
 ) -> None:

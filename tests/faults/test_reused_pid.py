@@ -27,6 +27,9 @@ from tests.support import (
     start_with_pid,
 )
 
+# They would take the pids from each other.
+pytestmark = pytest.mark.xdist_group("choose pids")
+
 
 def without_pidfd() -> None:
     """Make this process one of a system that has no pidfd."""

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import random
-import signal
 import socket
 import stat
 import subprocess
@@ -18,11 +17,18 @@ from typing import Any
 
 import pytest
 
-from tests.support import SOURCE, eventually
+from tests.support import SOURCE, eventually, kill_marked, marked_processes
 
 JOBS = Path(__file__).parent / "jobs"
 MARK = "ELASTIC_TIMER_INTEROP_TEST"
 UPSTREAM = "torch.distributed.elastic.timer"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Known where the folder is named on the command line; else the default holds."""
+    parser.addoption(
+        "--every-phase", action="store_true", help="hang in each phase of a job, not in some"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -44,25 +50,10 @@ def _leaves_no_process_and_no_fifo(
     try:
         eventually(lambda: not marked_processes(mark), timeout=10)
     except AssertionError:
-        left = marked_processes(mark)
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if left:
+        if left := kill_marked(mark):
             pytest.fail(f"left behind: {left}", pytrace=False)
     fifos = [path for path in tmp_path.rglob("*") if stat.S_ISFIFO(path.lstat().st_mode)]
     assert not fifos, "left behind"
-
-
-def marked_processes(mark: str) -> dict[int, str]:
-    """The running processes that were started with the mark, and their command lines."""
-    found = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # They come and go while this looks.
-            if mark.encode() in (process / "environ").read_bytes().split(b"\0"):
-                command = (process / "cmdline").read_bytes().replace(b"\0", b" ")
-                found[int(process.name)] = command.decode(errors="replace").strip()
-    return found
 
 
 class Job:
@@ -146,8 +137,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-@pytest.fixture
-def free_port() -> int:
+def find_free_port() -> int:
     """A TCP port on which nobody listens.
 
     From below the range that the system hands out by itself: no connection of another
@@ -158,3 +148,9 @@ def free_port() -> int:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return port
+
+
+@pytest.fixture
+def free_port() -> int:
+    """As `find_free_port` has it."""
+    return find_free_port()

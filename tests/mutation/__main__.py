@@ -45,13 +45,16 @@ BYTES = 1 << 30
 
 LOWEST_SCORE = 0.97
 
-OPTIONS = ["-x", "-q", "-p", "no:randomly", "-p", "no:cacheprovider", f"--timeout={SECONDS}"]
+OPTIONS = ["-x", "-q", "-n0", "-p", "no:randomly", "-p", "no:cacheprovider", f"--timeout={SECONDS}"]
 # hypothesis is loaded already.
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]
 
 
 class Target(NamedTuple):
-    """A module, or some classes and functions of it, and what tests it."""
+    """A module, or some classes and functions of it, and what tests it.
+
+    Fit are modules that need no other process: a mutant is known to the tests' own process alone.
+    """
 
     module: str
     names: Sequence[str]
@@ -62,10 +65,15 @@ SURVIVORS = "tests/mutation/test_survivors.py"
 _EXPIRES = "test_api or test_survivors or test_client_mends or d01 or d13 or d18"
 
 TARGETS = [
+    Target("_clock", [], ["tests/test_clock.py"]),
+    Target("_server.blocks", ["block_of"], [SURVIVORS]),
     Target("_server.table", [], ["tests/test_timer_table.py", SURVIVORS]),
     Target("_server.process", ["ranks"], ["tests/test_ranks.py"]),
     Target("_server.workers", ["EpochClock"], ["tests/test_epoch_clock.py"]),
-    Target("_transport.wire", [], ["tests/test_wire.py", SURVIVORS]),
+    Target(
+        "_transport.wire", [], ["tests/test_wire.py", SURVIVORS, "tests/test_cached_requests.py"]
+    ),
+    Target("_command.torchrun", [], ["tests/test_torchrun_warnings.py"]),
     Target(
         "api",
         ["_send_owed", "expires", "_seconds", "_place", "_thread_or_task"],
@@ -161,7 +169,7 @@ def main() -> int:
             return 1
         mutants = list(mutants_of(source, target.names))
         started = time.monotonic()
-        equivalent = EQUIVALENT[target.module]
+        equivalent = EQUIVALENT.get(target.module, {})
         alive = []
         for mutant, survived in survivors(target, mutants, options.jobs):
             if survived:
@@ -180,7 +188,8 @@ def main() -> int:
         for change in set(equivalent) - {mutant.change for mutant in alive}:
             print(f"{target.module}: not a survivor any more: {change}")
     print(f"{killed} of {total} killed: {killed / total:.1%}; {unknown} survivors without a reason")
-    return 0 if not unknown and killed / total >= LOWEST_SCORE else 1
+    # Of a small module alone the few that are equivalent may be more than the rest of the score.
+    return 0 if not unknown and (options.modules or killed / total >= LOWEST_SCORE) else 1
 
 
 if __name__ == "__main__":

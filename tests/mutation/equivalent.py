@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 _SERIALS = "they only have to grow"
+_ONCE = "it is there once: within a scope its quotes are escaped"
 _PRUNING = "the heap is only rebuilt a little earlier or later; its bound holds"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
+    "_clock": {
+        "_now() - _now_about()  ->  _now() + _now_about()": "all it is to do is raise",
+    },
     "_server.table": {
         "for _, _, worker, scope in sorted(due, key=lambda entry: entry[:2]):  ->  "
         "for _, _, worker, scope in sorted(due, key=lambda entry: entry[:3]):": (
@@ -19,8 +23,14 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if len(self._heap) > 2 * self._size - _HEAP_SLACK:": _PRUNING,
     },
     "_transport.wire": {
-        "@functools.lru_cache(maxsize=64)  ->  @functools.lru_cache(maxsize=65)": (
-            "the size of a cache changes no result"
+        """return b'"expiration_time": %a'.join(line.rsplit(b'"expiration_time": 0', 1))  ->  """
+        """return b'"expiration_time": %a'.join(line.rsplit(b'"expiration_time": 0'))""": _ONCE,
+        """return b'"expiration_time": %a'.join(line.rsplit(b'"expiration_time": 0', 1))  ->  """
+        """return b'"expiration_time": %a'.join(line.rsplit(b'"expiration_time": 0', 2))""": _ONCE,
+        "getattr(os, 'register_at_fork', dict)(before=_forget_pid, after_in_child=_forget_pid)"
+        "  ->  "
+        "getattr(os, 'register_at_fork')(before=_forget_pid, after_in_child=_forget_pid)": (
+            "it is there wherever there are forks"
         ),
         "if start <= 0:  ->  if start < 0:": (
             "at 0 the same text is read again, and refused for the same reason"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
 import random
 import sys
 import threading
@@ -11,8 +13,14 @@ from typing import Any
 import pytest
 
 from elastic_timer import TimerClient, expires
+from elastic_timer._server.blocks import block_of
 from elastic_timer._server.table import TimerTable
-from elastic_timer._transport.wire import SHORTEST_REQUEST, decode
+from elastic_timer._transport.wire import (
+    SHORTEST_REQUEST,
+    acquire_line,
+    decode,
+    release_line,
+)
 
 
 class Recorder(TimerClient):
@@ -58,6 +66,16 @@ def test_rebuilt_heap_is_in_order() -> None:
         table.release(deadline, "scope")
 
 
+def test_acquire_tells_whether_there_was_none() -> None:
+    """By that the entries of a block are told from its timer's new deadlines."""
+    table: TimerTable[int, str] = TimerTable()
+    assert table.acquire(0, "scope", "request", 5.0) is True
+    assert table.acquire(0, "scope", "request", 6.0) is False
+    assert table.acquire(1, "scope", "request", 6.0) is True
+    table.release(0, "scope")
+    assert table.acquire(0, "scope", "request", 7.0) is True
+
+
 def test_timer_is_due_at_its_deadline_itself() -> None:
     """Whether somebody has looked at it by then or not."""
     table: TimerTable[int, str] = TimerTable()
@@ -67,6 +85,25 @@ def test_timer_is_due_at_its_deadline_itself() -> None:
         assert table.expired(5.0) == {0: ["request"]}
         table.settle(5.0)
         assert table.next_deadline() is None
+
+
+def test_lines_of_this_process() -> None:
+    """Kept ready or not, they are what torch's client would write, byte for byte."""
+
+    def line(scope: str, expiration_time: float, signal: int) -> bytes:
+        request = {
+            "version": 1,
+            "pid": os.getpid(),
+            "scope_id": scope,
+            "expiration_time": expiration_time,
+            "signal": signal,
+        }
+        return json.dumps(request).encode() + b"\n"
+
+    for scope in ("train.py#86", '"expiration_time": 0', "%a"):
+        for moment in (1795150503.21, 1795150503):
+            assert acquire_line(scope, moment, 15) == line(scope, moment, 15)
+        assert release_line(scope) == line(scope, -1, 0)
 
 
 def test_largest_number_is_a_time() -> None:
@@ -86,6 +123,14 @@ def test_reason_is_about_the_whole_line() -> None:
     """A line without any request in it is refused for what it lacks as a whole."""
     with pytest.raises(ValueError, match="'pid' is missing"):
         decode(b"{}")
+
+
+def test_block_of_a_scope() -> None:
+    """Whose it is does not count, and nothing else of it is left out."""
+    for ending in ("", "@thread-12", "@task-7f3a", "@generator-b", "@task-1@generator-2"):
+        assert block_of(f"train.py#86{ending}") == "train.py#86"
+    for scope in ("", "a@b", "step@thread-", "@threads-12", "@Task-1"):
+        assert block_of(scope) == scope
 
 
 def test_failed_entry_can_be_tried_again() -> None:

@@ -6,6 +6,7 @@ complains of the comment.
 
 from __future__ import annotations
 
+import datetime
 import multiprocessing
 import signal
 from collections.abc import Callable
@@ -24,12 +25,17 @@ from elastic_timer import (
     TimerRequest,
     TimerServer,
     configure,
+    current,
     expires,
 )
 from elastic_timer.debug_info_logging import (
+    add_collective,
     add_debug_info_handler,
+    collectives,
     log_debug_info_for_expired_timers,
+    native_stacks,
     remove_debug_info_handler,
+    set_native_stacks,
     set_stacks_timeout,
     stacks_timeout,
 )
@@ -86,14 +92,24 @@ TimerServer(Queue(), 1)  # type: ignore[abstract]  # pyright: ignore[reportAbstr
 configure(Client())
 configure(None)
 configure()
+configure(required=False)
+configure(Client(), required=False)
+configure(Client(), False)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
 configure("/tmp/timers")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 
 # --- expires around blocks
 
 with expires(after=60):
     pass
-with expires(1.5, "scope", Client()) as nothing:
-    assert_type(nothing, None)
+with expires(1.5, "scope", Client()) as timer:
+    assert_type(timer, expires)
+    assert_type(timer.when(), float)
+    assert_type(timer.reschedule(after=60), None)
+    timer.reschedule(datetime.timedelta(minutes=1))
+    assert_type(timer.tick(), None)
+    with timer.paused() as nothing:
+        assert_type(nothing, None)
+    assert_type(current(), expires)
 with expires(after=60, scope=None, client=None):
     pass
 expires()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
@@ -108,8 +124,8 @@ def falls_through() -> int:
 
 async def block() -> None:
     """In a coroutine."""
-    async with expires(after=60) as nothing:
-        assert_type(nothing, None)
+    async with expires(after=60) as timer:
+        assert_type(timer, expires)
     with expires(after=60):
         pass
 
@@ -168,6 +184,7 @@ requests: list[TimerRequest] = [request, file_request]
 file_client: TimerClient = FileTimerClient("/tmp/timers")
 FileTimerClient("/tmp/timers", signal=signal.SIGTERM)
 FileTimerClient(file_path="/tmp/timers", signal=0)
+FileTimerClient("/tmp/timers", required=False)
 assert_type(file_client.acquire("scope", 1.0), None)
 assert_type(file_client.release("scope"), None)
 
@@ -240,6 +257,10 @@ add_debug_info_handler(log_event)  # type: ignore[arg-type]  # pyright: ignore[r
 log_debug_info_for_expired_timers("run", {4711: [file_request.to_json()]})
 set_stacks_timeout(0.5)
 assert_type(stacks_timeout(), float)
+add_collective("synchronize")
+assert_type(collectives(), tuple[str, ...])
+set_native_stacks(True)
+assert_type(native_stacks(), bool)
 
 # --- the package
 

@@ -1,12 +1,13 @@
-"""`elastic-timer demo`: four real workers under one server; two finish, two get stuck.
+"""`elastic-timer demo`: a job of four ranks; one hangs, is found and reaped, and the job recovers.
 
-Run as a module with a worker's name it is that worker.
+Run as a module it is one of the ranks: which one, its environment says, as under torchrun.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import dataclasses
+import glob
 import logging
 import os
 import signal
@@ -15,187 +16,238 @@ import sys
 import tempfile
 import threading
 import time
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, NoReturn, cast
 
 from elastic_timer import FileTimerServer, configure, expires
-from elastic_timer._evidence.expiry import describe_stacks
-from elastic_timer._server.events import (
-    Event,
-    TimerAcquired,
-    TimerEvent,
-    TimerExpired,
-    TimerReleased,
-    WorkerSignalled,
-)
+from elastic_timer._evidence.picture import describe, who_hangs
+from elastic_timer._server.events import Event, JobHangs, TimerReleased, WorkerSignalled
 
 if TYPE_CHECKING:
-    from elastic_timer import FileTimerRequest
-    from elastic_timer._evidence.expiry import Evidence
+    from elastic_timer._evidence.picture import Picture
 
-# Many times what the demo takes; a worker that is alive then was not reaped.
+_RANKS = 4
+_STEPS = 5
+_STUCK_RANK = 2
+_STUCK_STEP = 3
+
+# Many times what the demo takes.
 _PATIENCE = 20.0
 
-
-def short_block() -> None:
-    """A worker that is done well within its time."""
-    with expires(after=10):
-        time.sleep(0.3)
-    time.sleep(0.1)  # Outside, it may take as long as it likes.
+# All processes of the job have this variable; its value is the folder of this demo.
+_MARK = "ELASTIC_TIMER_DEMO"
 
 
-def three_steps() -> None:
-    """A worker that holds its deadline three times."""
-    for _ in range(3):
-        with expires(after=10):
-            time.sleep(0.2)
-        time.sleep(0.1)
+# A rank --------------------------------------------------------------------------------------
 
 
-def overslept() -> None:
-    """A worker that sleeps past its deadline."""
-    with expires(after=1.0):
-        time.sleep(60)
+def train() -> None:
+    """Load a batch and add up what all ranks have, step by step, each with a deadline."""
+    configure()
+    rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+    signal.signal(signal.SIGTERM, _exit)
+    ring = _Ring(f"{os.environ[_MARK]}/attempt-{attempt}", rank)
+    # What loads the data would live on if the rank alone were killed.
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as loader:
+        try:
+            for step in range(1, _STEPS + 1):
+                with expires(after=1.5):
+                    batch = load_batch(rank, step, attempt)
+                with expires(after=3):
+                    total = all_reduce(ring, batch)
+                if total != sum(range(_RANKS)) + _RANKS * step:
+                    raise ValueError(f"the sum of all ranks can't be {total}")
+        finally:
+            loader.kill()
 
 
-def stuck_in_c() -> None:
-    """A worker in a C function that keeps the GIL: no thread or signal handler in it can run."""
-    libc = ctypes.PyDLL(None)
-    with expires(after=1.5):
-        libc.sleep(60)
+def load_batch(rank: int, step: int, attempt: int) -> int:
+    """One rank's numbers; once they do not come."""
+    if (rank, step, attempt) == (_STUCK_RANK, _STUCK_STEP, 0):
+        # In C code that keeps the GIL: no thread or signal handler of the rank can run.
+        ctypes.PyDLL(None).sleep(60)
+    time.sleep(0.1)
+    return rank + step
 
 
-_WORKERS = {
-    "short block": short_block,
-    "three steps": three_steps,
-    "overslept": overslept,
-    "stuck in C with the GIL": stuck_in_c,
-}
-_STUCK = {"overslept", "stuck in C with the GIL"}
+def all_reduce(ring: _Ring, number: int) -> int:
+    """The sum over all ranks: once around the ring it is added up, the second time handed on."""
+    if ring.rank == 0:
+        ring.send(number)
+        total = ring.receive()
+        ring.send(total)
+        return ring.receive()
+    ring.send(ring.receive() + number)
+    total = ring.receive()
+    ring.send(total)
+    return total
 
 
-@dataclasses.dataclass
-class _Worker:
-    """One worker as seen from outside; all times are seconds since the epoch."""
+class _Ring:
+    """Each rank's way to the next one."""
 
-    name: str
-    process: subprocess.Popen[bytes]
-    scope: str = "-"
-    deadline: float | None = None
-    reaped: bool = False
-    ended: float | None = None
+    def __init__(self, prefix: str, rank: int) -> None:
+        self.rank = rank
+        paths = [f"{prefix}-{n}" for n in range(_RANKS)]
+        for path in paths:
+            with contextlib.suppress(FileExistsError):
+                os.mkfifo(path)
+        # To write as well: otherwise opening waits for the other end.
+        self._in = os.open(paths[rank], os.O_RDWR)
+        self._out = os.open(paths[(rank + 1) % _RANKS], os.O_RDWR)
 
-    @property
-    def how_it_ended(self) -> str:
-        code = self.process.returncode
-        return f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
+    def send(self, number: int) -> None:
+        os.write(self._out, bytes([number]))
 
-    @property
-    def lateness(self) -> str:
-        """Milliseconds from the deadline to the death, as the one who waited for it saw it."""
-        if not self.reaped or self.ended is None or self.deadline is None:
-            return "-"
-        return f"{1000 * (self.ended - self.deadline):.1f} ms"
+    def receive(self) -> int:
+        return os.read(self._in, 1)[0]
+
+
+def _exit(*_: object) -> NoReturn:
+    sys.exit(1)
+
+
+# The job, and what is told of it -------------------------------------------------------------
 
 
 def demo() -> int:
-    """Show it; 0 if exactly the two stuck workers were reaped, else 1."""
-    # What the library logs of a reap is shown here line by line, with the rest.
-    logging.getLogger("elastic_timer").setLevel(logging.ERROR)
+    """Show it; 0 if the stuck rank was named and it alone reaped, and the job went on, else 1."""
+    # What the library logs is shown here line by line, with the rest.
+    logging.getLogger("elastic_timer").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="elastic-timer-") as folder:
-        stage = _Stage(os.path.join(folder, "timers"))
+        job = _Job(folder)
         try:
-            with stage.server:
-                for name in _WORKERS:
-                    stage.enter(name)
-                stage.watch()
+            with job.server:
+                job.run()
+            return job.conclude()
         finally:
-            stage.clear()
-    return stage.conclude()
+            job.clear()
 
 
-class _Stage:
-    """The workers and their server, and the lines that tell what happens to them."""
+class _Job:
+    """The ranks, their server, and a supervisor that does what torchrun does when one dies."""
 
-    def __init__(self, timer_file: str) -> None:
-        self._started = time.time()
-        self._timer_file = timer_file
-        self._workers: dict[int, _Worker] = {}
-        self._lock = threading.Lock()
-        self.server = FileTimerServer(timer_file, "demo")
-        kinds = (TimerAcquired, TimerReleased, TimerExpired, WorkerSignalled)
-        self.server.subscribe(self._happened, *kinds)
+    def __init__(self, folder: str) -> None:
+        self._started = time.monotonic()
+        self._folder = folder
+        self._timer_file = os.path.join(folder, "timers")
+        self._ranks: list[subprocess.Popen[bytes]] = []
+        self._blocks_left = 0
+        self._is_hanging = False
+        self._suspects: list[int] = []
+        self._reaped: list[int | None] = []
+        self._is_done = False
+        self._telling = threading.Lock()
+        self.server = FileTimerServer(self._timer_file, "demo", kill_tree=True)
+        self.server.subscribe(self._happened, TimerReleased, JobHangs, WorkerSignalled)
 
-    def enter(self, name: str) -> None:
-        """Start a worker."""
-        with self._lock:  # The listener may hear of the worker before we know its pid.
-            process = subprocess.Popen(
-                [sys.executable, "-m", __name__, name],
-                env={**os.environ, "TORCHELASTIC_TIMER_FILE": self._timer_file},
-            )
-            worker = self._workers[process.pid] = _Worker(name, process)
-        self._tell(worker, f"started as process {process.pid}")
+    def run(self) -> None:
+        """Run the job until all ranks are done; where one dies, start all of them once more."""
+        for attempt in range(2):
+            self._tell(f"attempt {attempt + 1}: {_RANKS} ranks start, with 1.5 s for each batch")
+            self._start(attempt)
+            dead = self._wait()
+            if not dead:
+                self._is_done = True
+                self._tell(f"all ranks are done, after {_STEPS} steps", "32")
+                return
+            self._tell(f"the supervisor finds {dead}, and stops the other ranks")
+            self.clear()
 
-    def _tell(self, worker: _Worker, what: str) -> None:
-        with self._lock:  # Three threads do this; each line is to be whole and in its place.
-            print(f"{time.time() - self._started:6.3f} s  {worker.name:24} {what}", flush=True)
+    def conclude(self) -> int:
+        """Say how it went; the exit status."""
+        claims = {
+            f"The rank that hung, {_STUCK_RANK}, was named.": self._suspects == [_STUCK_RANK],
+            "It was reaped, and no other.": self._reaped == [_STUCK_RANK],
+            "The job was started again, and finished.": self._is_done,
+            "No process is left of it.": not self._left(),
+        }
+        print()
+        for claim, is_true in claims.items():
+            print(_coloured(f"{'yes' if is_true else 'NO '}  {claim}", "32" if is_true else "31"))
+        return 0 if all(claims.values()) else 1
+
+    def clear(self) -> None:
+        """Leave no rank behind."""
+        for rank in self._ranks:
+            rank.terminate()
+        for rank in self._ranks:
+            try:
+                rank.wait(1)
+            except subprocess.TimeoutExpired:
+                rank.kill()
+                rank.wait()
+
+    def _start(self, attempt: int) -> None:
+        job = {
+            "TORCHELASTIC_TIMER_FILE": self._timer_file,
+            "TORCHELASTIC_RUN_ID": "demo",
+            "TORCHELASTIC_RESTART_COUNT": str(attempt),
+            "WORLD_SIZE": str(_RANKS),
+            _MARK: self._folder,
+        }
+        self._ranks, self._blocks_left, self._is_hanging = [], 0, False
+        for rank in map(str, range(_RANKS)):
+            place = {"RANK": rank, "LOCAL_RANK": rank}
+            command = [sys.executable, "-m", __name__]
+            process = subprocess.Popen(command, env={**os.environ, **job, **place})
+            self._ranks.append(process)
+
+    def _wait(self) -> str:
+        """Wait until a rank dies, and say which and how; nothing where all end well."""
+        give_up = time.monotonic() + _PATIENCE
+        while time.monotonic() < give_up:
+            codes = [rank.poll() for rank in self._ranks]
+            for rank, code in enumerate(codes):
+                if code:
+                    how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                    return f"rank {rank} dead ({how})"
+            if not any(code is None for code in codes):
+                return ""
+            time.sleep(0.002)
+        return "that it takes too long"
+
+    def _left(self) -> list[int]:
+        """The processes that bear the mark of this job, asked of the system itself."""
+        mark = f"{_MARK}={self._folder}".encode()
+        found = []
+        for path in glob.glob("/proc/[0-9]*/environ"):
+            with contextlib.suppress(OSError), open(path, "rb") as file:
+                if mark in file.read().split(b"\0"):
+                    found.append(int(path.split("/")[2]))
+        return found
 
     def _happened(self, event: Event) -> None:
         """Tell of an event of the server; called on the thread of its listener."""
-        happened = cast("TimerEvent[FileTimerRequest]", event)  # No others were asked for.
-        with self._lock:
-            worker = self._workers[happened.pid]
-        scope = os.path.basename(happened.timer.scope_id)
         if isinstance(event, TimerReleased):
-            self._tell(worker, f"left {scope} in time")
-        elif isinstance(event, TimerAcquired):
-            worker.scope, worker.deadline = scope, happened.timer.expiration_time
-            self._tell(worker, f"entered {scope}, {worker.deadline - event.time:.1f} s to go")
-        else:
-            self._tell(worker, f"server: {event.name}")
-        if isinstance(event, WorkerSignalled):
-            worker.reaped = True
-        elif isinstance(event, TimerExpired) and event.evidence is not None:
-            for line in describe_stacks(cast("Evidence", event.evidence)):
-                self._tell(worker, f"  {line}")
+            # Of the first rank, whose every second one is that of an all-reduce. A rank that is
+            # stopped leaves its block as well.
+            is_told = event.rank == 0 and not self._is_hanging
+            self._blocks_left += is_told
+            if is_told and self._blocks_left % 2 == 0:
+                self._tell(f"step {self._blocks_left // 2} is done")
+        elif isinstance(event, JobHangs):
+            self._is_hanging = True
+            answer = who_hangs([cast("Picture", event.picture)])
+            self._suspects += [member["rank"] for member in answer["suspects"]]
+            for line in describe(answer).splitlines():
+                self._tell(f"  {line}", "1;31" if line.startswith("suspect") else "33")
+        elif isinstance(event, WorkerSignalled):
+            self._reaped.append(event.rank)
+            late = f"{1000 * event.seconds_late:.0f} ms after its deadline"
+            self._tell(f"the server reaps rank {event.rank}, {late}, and what it started", "1;31")
 
-    def watch(self) -> None:
-        """Wait until every worker has ended, or should have."""
-        give_up = time.monotonic() + _PATIENCE
-        alive = list(self._workers.values())
-        while alive and time.monotonic() < give_up:
-            for worker in alive.copy():
-                if worker.process.poll() is not None:
-                    worker.ended = time.time()
-                    self._tell(worker, f"ended: {worker.how_it_ended}")
-                    alive.remove(worker)
-            time.sleep(0.001)
+    def _tell(self, what: str, colour: str = "0") -> None:
+        moment = f"{time.monotonic() - self._started:6.2f} s  "
+        with self._telling:  # Two threads do this; each line is to be whole.
+            print(_coloured(moment, "2") + _coloured(what, colour), flush=True)
 
-    def clear(self) -> None:
-        """Leave no worker behind."""
-        for worker in self._workers.values():
-            with worker.process as process:
-                process.kill()
 
-    def conclude(self) -> int:
-        """Print the closing table; the exit status."""
-        row = "{:26}{:14}{:12}{:20}{}".format
-        print("\n" + row("worker", "scope", "deadline", "how it ended", "late"))
-        went_well = True
-        for worker in self._workers.values():
-            due = "-" if worker.deadline is None else f"{worker.deadline - self._started:.3f} s"
-            print(row(worker.name, worker.scope, due, worker.how_it_ended, worker.lateness))
-            is_stuck = worker.name in _STUCK
-            # One that has no end was ended by `clear`, not by the server.
-            went_well &= worker.ended is not None and worker.reaped == is_stuck
-            went_well &= worker.process.returncode == (-signal.SIGKILL if is_stuck else 0)
-        print(f"\nThe scopes are lines of {__file__}")
-        if went_well:
-            print("Exactly the two stuck workers were reaped.")
-            return 0
-        print("Something went wrong: other workers than the two stuck ones were reaped, or fewer.")
-        return 1
+def _coloured(text: str, colour: str) -> str:
+    is_wanted = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    if colour == "0" or not is_wanted or os.environ.get("NO_COLOR"):
+        return text
+    return f"\x1b[{colour}m{text}\x1b[0m"
 
 
 if __name__ == "__main__":
-    configure()
-    _WORKERS[sys.argv[1]]()
+    train()

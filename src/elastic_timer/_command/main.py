@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Deadlines for worker processes: a block that overruns has its process killed.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    actions = parser.add_subparsers(metavar="{demo,run,status}", required=True)
+    actions = parser.add_subparsers(metavar="{demo,report,run,status}", required=True)
 
     demo = actions.add_parser("demo", help="see two stuck workers reaped, in a few seconds")
     demo.set_defaults(action=_demo, parser=demo)
@@ -62,7 +62,8 @@ def _parser() -> argparse.ArgumentParser:
         "run",
         help="run a command with a timer server beside it",
         usage="elastic-timer run [--timer-file PATH] [--max-interval SECONDS] [--run-id ID] "
-        "[--events FILE] -- COMMAND [ARG ...]",
+        "[--events FILE] [--kill-tree] [--native] [--before-kill COMMAND] "
+        "[--before-kill-timeout SECONDS] [--summary] [--dry-run] -- COMMAND [ARG ...]",
         description="Starts a timer server and then COMMAND, with TORCHELASTIC_TIMER_FILE set: "
         "every Python process below it can call elastic_timer.configure() and use expires(). "
         "Signals are handed on to COMMAND; the exit status is COMMAND's own.",
@@ -89,7 +90,63 @@ def _parser() -> argparse.ArgumentParser:
     runs.add_argument(
         "--events", metavar="FILE", help="append one JSON object per event, one a line"
     )
+    runs.add_argument(
+        "--kill-tree",
+        action="store_true",
+        help="kill with a worker what it has started, and at the end what COMMAND has left behind",
+    )
+    runs.add_argument(
+        "--native",
+        action="store_true",
+        help="have C frames in the stacks too, which takes longer",
+    )
+    runs.add_argument(
+        "--before-kill",
+        metavar="COMMAND",
+        help="run by the shell for each worker about to be killed, the evidence on its stdin",
+    )
+    runs.add_argument(
+        "--before-kill-timeout",
+        metavar="SECONDS",
+        type=_positive_seconds,
+        default=10.0,
+        help="how long that may take (default: %(default)g)",
+    )
+    runs.add_argument(
+        "--summary",
+        action="store_true",
+        help="print at the end what each block took, and which deadline fits it",
+    )
+    runs.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="report who overruns a deadline, and signal nobody",
+    )
     runs.set_defaults(action=_run, parser=runs)
+
+    reports = actions.add_parser(
+        "report",
+        help="say who hung a job, from the events of all its hosts",
+        description="Reads what `elastic-timer run --events` has written on all hosts of a job, "
+        "and says for each hang which ranks were where, which of them is the suspect, and of which "
+        "no file tells. The exit status is 0, with a hang or without, and 1 where a file could not "
+        "be read.",
+    )
+    reports.add_argument("events", metavar="EVENTS", nargs="+", help="files, in any order")
+    reports.add_argument(
+        "--folded", metavar="FILE", help="write the stacks in the format of flame graph viewers"
+    )
+    reports.add_argument("--json", action="store_true", help="print all that is known as JSON")
+    reports.add_argument(
+        "--collective",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="a function in which ranks wait for each other, besides those of torch.distributed: "
+        "its name, or FILE:FUNCTION; may be given several times",
+    )
+    reports.set_defaults(action=_report, parser=reports)
+
     _add_status(actions)
     return parser
 
@@ -153,6 +210,23 @@ def _status(options: argparse.Namespace) -> int:
     return status(StatusOptions(**asked))
 
 
+def _report(options: argparse.Namespace) -> int:
+    from elastic_timer._command.report import report
+
+    parser: argparse.ArgumentParser = options.parser
+    if options.command:
+        parser.error("a report takes no COMMAND")
+    try:
+        return report(
+            options.events,
+            folded=options.folded,
+            as_json=options.json,
+            collectives=options.collective,
+        )
+    except OSError as error:
+        parser.error(str(error))
+
+
 def _run(options: argparse.Namespace) -> int:
     parser: argparse.ArgumentParser = options.parser
     if not options.command:
@@ -163,7 +237,7 @@ def _run(options: argparse.Namespace) -> int:
         # Whatever is asked for bears the name that the parser has it by.
         asked = {field.name: getattr(options, field.name) for field in fields(Options)}
         return run(Options(**asked))
-    except OSError as error:
+    except (OSError, NotImplementedError) as error:
         parser.error(str(error))
 
 

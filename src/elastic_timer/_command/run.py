@@ -13,10 +13,15 @@ import time
 from collections.abc import Set
 
 from elastic_timer import FileTimerServer
+from elastic_timer._command import torchrun
+from elastic_timer._command.before_kill import BeforeKill
+from elastic_timer._command.block_table import block_table
 from elastic_timer._command.event_file import EventFile
+from elastic_timer._command.leftovers import Leftovers
 from elastic_timer._command.systemd import Notifier, remove_variables
-from elastic_timer._server.callbacks import contained_logger
-from elastic_timer._server.events import WatchdogRound
+from elastic_timer._server.callbacks import PATIENCE, contained_logger, flush_log
+from elastic_timer._server.events import BlocksMeasured, Event, WatchdogRound
+from elastic_timer.debug_info_logging import set_native_stacks
 
 # A stderr that nobody reads must not keep signals from COMMAND.
 logger = contained_logger(__name__)
@@ -29,6 +34,9 @@ ENDED_BY_SIGNAL = 128
 _FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
 _SHELL = "/bin/sh"
+
+# So much longer than the command of --before-kill its end may take, in seconds.
+_BEFORE_KILL_END = 0.5
 
 # How long after a signal came the group's may still come, in seconds: timeout signals its child by
 # pid first. What was sent to us alone is forwarded so much later.
@@ -47,6 +55,13 @@ class Options:
         timer_file: Where to make the FIFO; None for a private temporary folder.
         max_interval: The longest pause between two rounds of the server, in seconds.
         events: The file or FIFO to append events to; None for no events.
+        kill_tree: Whether what a worker has started is killed with it, and what COMMAND has left
+            behind at its end.
+        native: Whether stacks are to have C frames too.
+        before_kill: A command to be run for each worker about to be signalled; None for none.
+        before_kill_timeout: How many seconds it may take.
+        summary: Whether to print at the end what the blocks took.
+        dry_run: Whether nobody is signalled, and those who would be are only reported.
     """
 
     command: list[str]
@@ -54,6 +69,12 @@ class Options:
     timer_file: str | None = None
     max_interval: float = 10.0
     events: str | None = None
+    kill_tree: bool = False
+    native: bool = False
+    before_kill: str | None = None
+    before_kill_timeout: float = 10.0
+    summary: bool = False
+    dry_run: bool = False
 
 
 def run(options: Options) -> int:
@@ -66,6 +87,7 @@ def run(options: Options) -> int:
         The status to exit with: COMMAND's own, or as a shell has it where it has none.
 
     Raises:
+        NotImplementedError: There is no /proc for `kill_tree`; COMMAND was not started.
         OSError: The FIFO or the events' file can't be made; COMMAND was not started.
     """
     # Before anything exists that has to be removed again, and before any thread, which would
@@ -78,18 +100,36 @@ def run(options: Options) -> int:
             if timer_file is None:
                 folder = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="elastic-timer-"))
                 timer_file = os.path.join(folder, "timers")
-            interval = notifier.interval(options.max_interval)
-            server = FileTimerServer(timer_file, options.run_id, interval, status=True)
+            server = FileTimerServer(
+                timer_file,
+                options.run_id,
+                notifier.interval(options.max_interval),
+                kill_tree=options.kill_tree,
+                dry_run=options.dry_run,
+                status=True,
+            )
             if notifier.is_wanted:
                 server.subscribe(notifier.made_round, WatchdogRound)
             if options.events is not None:
                 server.subscribe(EventFile(options.events, options.run_id).append)
+            if options.before_kill is not None:
+                timeout = options.before_kill_timeout
+                hook = BeforeKill(options.before_kill, timeout)
+                cleanup.callback(hook.close)
+                server.before_signal(hook, timeout + _BEFORE_KILL_END)
+            set_native_stacks(options.native)
+            if options.summary:
+                summary = Summary()
+                server.subscribe(summary.note, BlocksMeasured)
+                cleanup.callback(summary.log)
             cleanup.enter_context(server)
-        except OSError:
+        except (OSError, NotImplementedError):
             cleanup.close()
             # To say what is wrong may take long: on a stderr that nobody reads, for good.
             signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
             raise
+        # Before COMMAND can leave anything behind.
+        leftovers = Leftovers(signals, options.kill_tree)
         try:
             pid = _start(options.command, timer_file, mask_before)
         except OSError as error:
@@ -99,7 +139,31 @@ def run(options: Options) -> int:
         notifier.ready()
         cleanup.callback(notifier.stopping)
         with contextlib.closing(_GroupWitness()) as witness:
-            return _supervise(pid, signals, witness)
+            status = _supervise(pid, signals, witness, leftovers)
+    # Without the server: what outlives COMMAND is not held to its deadlines.
+    leftovers.see_to()
+    return status
+
+
+class Summary:
+    """Logs, when all is over, what the blocks took."""
+
+    def __init__(self) -> None:
+        self._last: BlocksMeasured | None = None
+
+    def note(self, event: Event) -> None:
+        """Listen to the server."""
+        assert isinstance(event, BlocksMeasured)
+        self._last = event
+
+    def log(self) -> None:
+        """Log the table, waiting a second at most for a log that blocks."""
+        if self._last is None:
+            text = "no blocks were entered"
+        else:
+            text = f"what the blocks took\n{block_table([dataclasses.asdict(self._last)])}"
+        logger.warning("%s", text)
+        flush_log(PATIENCE)
 
 
 def _block_signals() -> tuple[set[int], Set[int]]:
@@ -125,7 +189,9 @@ def _start(command: list[str], timer_file: str, mask: Set[int]) -> int:
     environment.pop("TORCHELASTIC_ENABLE_FILE_TIMER", None)
     # Otherwise torchrun 2.13 hands the store of the reaped attempt on to the next one, whose ranks
     # then look for each other at the addresses of the dead.
-    environment.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    environment.setdefault(torchrun.NOT_SHARED, "1")
+    for warning in torchrun.warnings(command, environment):
+        logger.warning("%s", warning)
     # Python ignores these in its own process; a program that it starts expects their default.
     ignored = [signal.SIGPIPE, signal.SIGXFSZ]
 
@@ -149,10 +215,11 @@ def _is_binary(path: str) -> bool:
         return b"\0" in file.read(80)
 
 
-def _supervise(pid: int, signals: set[int], witness: _GroupWitness) -> int:
+def _supervise(pid: int, signals: set[int], witness: _GroupWitness, leftovers: Leftovers) -> int:
     """Forward signals to COMMAND until it ends; the status to exit with."""
     while True:
         number, sender = _next_signal(signals)
+        leftovers.note_user(pid)
         # Asked whatever came: a flood of other signals must not hide its end.
         ended, status = os.waitpid(pid, os.WNOHANG)
         if ended:
@@ -160,6 +227,7 @@ def _supervise(pid: int, signals: set[int], witness: _GroupWitness) -> int:
             return exit_code if exit_code >= 0 else ENDED_BY_SIGNAL - exit_code
         if number == signal.SIGCHLD:
             witness.look()
+            leftovers.bury({pid, witness.pid})
         elif sender != pid and not (os.getpgid(pid) == os.getpgrp() and witness.saw(number)):
             # Not waited for yet, the pid is COMMAND's even when COMMAND has just ended.
             try:
@@ -185,7 +253,7 @@ class _GroupWitness:
 
     def __init__(self) -> None:
         self._seen: dict[int, float] = {}
-        self._pid: int | None = None
+        self.pid: int | None = None
         # It ends when the other end is closed, which it is when this process ends in any way.
         self._stdin, self._keep_alive = os.pipe()
         self._start()
@@ -193,7 +261,7 @@ class _GroupWitness:
     def _start(self) -> None:
         null = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
         with contextlib.suppress(OSError):  # Without one all signals are forwarded.
-            self._pid = os.posix_spawn(
+            self.pid = os.posix_spawn(
                 _SHELL,
                 # SIGQUIT is to leave no core. Its name must not match where `pkill` looks for us.
                 ["sh", "-c", "ulimit -c 0; exec cat"],
@@ -204,11 +272,11 @@ class _GroupWitness:
 
     def look(self) -> None:
         """Note what the witness has died of, if it has."""
-        if self._pid is None:
+        if self.pid is None:
             return
-        ended, status = os.waitpid(self._pid, os.WNOHANG)
+        ended, status = os.waitpid(self.pid, os.WNOHANG)
         if ended:
-            self._pid = None
+            self.pid = None
             if os.WIFSIGNALED(status):  # Otherwise it can't be run here; nor can another.
                 self._seen[os.WTERMSIG(status)] = time.monotonic()
                 self._start()
@@ -228,7 +296,7 @@ class _GroupWitness:
         """End the witness and wait for its end."""
         os.close(self._keep_alive)
         os.close(self._stdin)
-        if self._pid is not None:
+        if self.pid is not None:
             with contextlib.suppress(OSError):
-                os.kill(self._pid, signal.SIGKILL)
-            os.waitpid(self._pid, 0)
+                os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)

@@ -1,27 +1,15 @@
-"""What an expired worker and its descendants were doing: collected, and put into words."""
+"""What an expired worker and its descendants were doing, put into words. Pure."""
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from elastic_timer import _clock
-from elastic_timer._evidence.facts import (
-    Activity,
-    Facts,
-    descendants_of,
-    one_line,
-    read_facts,
-)
-from elastic_timer._evidence.stacks import Stacks, ThreadStack, take_stacks
-from elastic_timer._server.process import environment_of, ranks, refusal
+from elastic_timer._evidence.facts import Activity, Facts, one_line
+from elastic_timer._evidence.stacks import Stacks, ThreadStack
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
-
-_MOST_DESCENDANTS = 32  # of one worker
 
 _STATES = {
     "R": "running",
@@ -73,99 +61,24 @@ class Evidence(Facts, Stacks):
     descendants: list[Descendant]
 
 
-# From when to when stacks were taken last: who expired meanwhile has waited for them already.
-_last_taken = (0.0, 0.0)
-
-
-def collect(
-    run_id: str, expired_timers: Mapping[int, list[str]], timeout: float
-) -> dict[int, Evidence]:
-    """Gather the evidence on the workers of one round.
-
-    Args:
-        run_id: The run of the server that found the timers expired.
-        expired_timers: Pid to the JSON of its expired timers.
-        timeout: Seconds for the stacks of all workers together; 0 for none.
-
-    Returns:
-        Pid to its evidence, in the order of `expired_timers`.
-    """
-    global _last_taken
-    now, started = _clock.epoch(), _clock.monotonic()
-    timers = {
-        pid: sorted(map(_expiration_and_scope, requests))
-        for pid, requests in expired_timers.items()
-    }
-    late = {pid: max(0.0, now - given[0][0]) if given else 0.0 for pid, given in timers.items()}
-    waits_since = max(_last_taken[0], started - max(late.values(), default=0.0))
-    left = timeout - max(0.0, _last_taken[1] - waits_since)
-    deadline = started + left if timeout > 0 else None
-
-    # The facts come first: py-spy pauses the worker, and that would show in its state.
-    facts = {pid: read_facts(pid) for pid in timers}
-    in_job = {pid: ranks(environment_of(pid)) for pid in timers}
-    stacks = take_stacks({pid: known["state"] for pid, known in facts.items()}, deadline)
-    descendants = _descendants(timers, deadline)
-    _last_taken = started, _clock.monotonic()
-    return {
-        pid: {
-            "run_id": run_id,
-            "pid": pid,
-            "rank": in_job[pid][0],
-            "local_rank": in_job[pid][1],
-            "scopes": [scope for _, scope in given],
-            "seconds_late": late[pid],
-            **facts[pid],
-            **stacks[pid],
-            "descendants": descendants[pid],
-        }
-        for pid, given in timers.items()
-    }
-
-
-def _descendants(
-    workers: Mapping[int, object], deadline: float | None
-) -> dict[int, list[Descendant]]:
-    """The descendants of each worker, but for those that are such workers themselves.
-
-    There are none where no stacks are wanted: that asks for the shortest way to the kill.
-    """
-    # The children of init are everybody's, those of the server are all of its workers.
-    owners = {
-        child: pid
-        for pid in workers
-        if deadline is not None and refusal(pid) is None
-        for child in descendants_of(pid, workers, _MOST_DESCENDANTS)
-    }
-    facts = {child: read_facts(child) for child in owners}
-    stacks = take_stacks({child: known["state"] for child, known in facts.items()}, deadline)
-    found: dict[int, list[Descendant]] = {pid: [] for pid in workers}
-    for child, pid in owners.items():
-        found[pid].append(
-            {
-                "pid": child,
-                "command": facts[child]["command"],
-                "state": facts[child]["state"],
-                "system_call": facts[child]["system_call"],
-                **stacks[child],
-            }
-        )
-    return found
-
-
 def log_fields(values: Mapping[str, object]) -> dict[str, object]:
     """What a log record on a timer has as `extra`, so that all such records name things alike."""
     return {f"timer_{name}": value for name, value in values.items()}
 
 
-def describe(evidence: Evidence) -> str:
-    """The evidence on one worker as text of several lines."""
+def describe_expiry(evidence: Evidence) -> str:
+    """Which worker is past its deadline, and by how much, on one line."""
     scopes = ", ".join(map(repr, evidence["scopes"]))
     rank = "" if evidence["rank"] is None else f" (rank {evidence['rank']})"
-    lines = [
+    return (
         f"worker {evidence['pid']}{rank} of run {evidence['run_id']!r} is past its deadline: "
         f"{scopes}, {evidence['seconds_late']:.3f} s late"
-    ]
+    )
+
+
+def describe(evidence: Evidence) -> str:
+    """The evidence on one worker as text of several lines."""
+    lines = [describe_expiry(evidence)]
     if evidence["command"]:
         lines.append(f"  command: {evidence['command']}")
     if facts := _in_words(evidence):
@@ -218,15 +131,6 @@ def _is_idle_helper(thread: ThreadStack) -> bool:
         # One that cannot get rid of what it has is no idle one: a queue that nobody reads.
         and not innermost["function"].endswith("_send")
     )
-
-
-def _expiration_and_scope(request: str) -> tuple[float, str]:
-    """Of a request as JSON; of any other text, that text as a scope whose time is not known."""
-    try:
-        fields = json.loads(request)
-        return float(fields["expiration_time"]), str(fields["scope_id"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf, one_line(str(request))
 
 
 def _in_words(known: Mapping[str, Any]) -> str:

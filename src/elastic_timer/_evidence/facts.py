@@ -10,12 +10,14 @@ import os
 import time
 from typing import TYPE_CHECKING, TypedDict, cast
 
-from elastic_timer._server.process import stat_of
+from elastic_timer import _clock
+from elastic_timer._server.process import read_file, stat_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Container, Iterator
 
 _TEXT_KEPT = 300
+_MOST_SIBLINGS = 256
 
 # The calls in which workers hang; others are reported by their number.
 _SYSTEM_CALLS = {
@@ -73,7 +75,7 @@ def read_facts(pid: int) -> Facts:
     return facts
 
 
-def descendants_of(pid: int, but: Mapping[int, object], most: int) -> list[int]:
+def descendants_of(pid: int, but: Container[int], most: int) -> list[int]:
     """The processes that a process has started, and those that these have, nearest first.
 
     Args:
@@ -98,20 +100,41 @@ def descendants_of(pid: int, but: Mapping[int, object], most: int) -> list[int]:
     return found[1 : most + 1]
 
 
+def parent_of(pid: int) -> int:
+    """The process that has started another one; 0 where that is not known."""
+    fields = stat_of(pid)
+    return int(fields[1]) if fields else 0
+
+
+def processes_beside(pid: int, until: float) -> Iterator[int]:
+    """The processes of a process's user, its siblings first.
+
+    Args:
+        pid: The process.
+        until: When to stop looking, in monotonic seconds.
+    """
+    siblings = descendants_of(parent_of(pid), {}, _MOST_SIBLINGS)
+    others: list[int] = []
+    with contextlib.suppress(OSError):
+        user = os.stat(f"/proc/{pid}").st_uid
+        others = sorted({int(name) for name in os.listdir("/proc") if name.isdecimal()})
+    for each in dict.fromkeys([*siblings, *others]):
+        if _clock.monotonic() >= until:
+            break
+        with contextlib.suppress(OSError):
+            if os.stat(f"/proc/{each}").st_uid == user:
+                yield each
+
+
 def one_line(text: str) -> str:
     """The text on one line, without control characters, at a sane length."""
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return line if len(line) <= _TEXT_KEPT else line[: _TEXT_KEPT - 3] + "..."
 
 
-def _read(pid: int, name: str, most: int = 4096) -> str:
+def _read(pid: int, name: str) -> str:
     """A file of a process under `/proc`; empty if it is gone, forbidden or there is none."""
     try:
-        # open() takes twice as long, and there may be hundreds of workers.
-        descriptor = os.open(f"/proc/{pid}/{name}", os.O_RDONLY)
-        try:
-            return os.read(descriptor, most).decode(errors="replace")
-        finally:
-            os.close(descriptor)
+        return read_file(f"/proc/{pid}/{name}")
     except OSError:
         return ""

@@ -7,7 +7,9 @@ asked for.
 from __future__ import annotations
 
 import contextlib
+import heapq
 import json
+import math
 import os
 import selectors
 import shutil
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import time
 from subprocess import DEVNULL, PIPE
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from elastic_timer import _clock
 from elastic_timer._evidence.facts import one_line
@@ -64,7 +66,7 @@ def find_py_spy() -> str | None:
 
 
 def take_stacks(states: Mapping[int, str | None], deadline: float | None) -> dict[int, Stacks]:
-    """Dump the Python stacks of processes, eight at a time, each in a `py-spy` of its own.
+    """Dump the Python stacks of processes, and wait until that is done.
 
     Args:
         states: Pid to the letter of its state as `read_facts` found it.
@@ -73,26 +75,142 @@ def take_stacks(states: Mapping[int, str | None], deadline: float | None) -> dic
     Returns:
         The stacks of each pid.
     """
-    taken = {
-        pid: _missing(reason)
-        for pid, state in states.items()
-        if (reason := _no_dump(pid, state, deadline))
-    }
-    wanted = {pid: state for pid, state in states.items() if pid not in taken}
-    reason = "the time for stacks was used up by other processes"
-    if wanted and deadline is not None:
-        try:
-            if program := find_py_spy():
-                _dump_all(program, wanted, deadline, taken)
-            else:
-                reason = 'py-spy was not found: install it with "pip install py-spy"'
-        except Exception as error:  # a reap must never fail for want of a stack
-            reason = f"py-spy: {one_line(repr(error))}"
-    return {pid: taken.get(pid) or _missing(reason) for pid in states}
+    taken: dict[int, Stacks] = {}
+    with contextlib.closing(Dumps()) as dumps:
+        for pid, state in states.items():
+            dumps.order(pid, pid, state, deadline)
+        while dumps.is_busy():
+            taken.update(dumps.wait(math.inf))
+    return taken
 
 
-def _missing(reason: str) -> Stacks:
+class _Order(NamedTuple):
+    """A dump to be taken; the most urgent comes first, of these the one asked for first."""
+
+    urgency: int
+    number: int
+    key: Any
+    pid: int
+    state: str | None
+    deadline: float
+    native: bool
+
+
+class Dumps:
+    """Dumps of processes' stacks, eight at a time, each in a `py-spy` of its own."""
+
+    def __init__(self) -> None:
+        self._done: list[tuple[Any, Stacks]] = []
+        self._waiting: list[_Order] = []
+        self._running: list[_Dump] = []
+        self._ended: list[_Dump] = []
+        self._ordered = 0
+        self._selector: selectors.BaseSelector | None = None
+        self._program: str | None = None
+
+    def order(
+        self,
+        key: Any,
+        pid: int,
+        state: str | None,
+        deadline: float | None,
+        urgency: int = 0,
+        native: bool = False,
+    ) -> None:
+        """Have a process dumped.
+
+        Args:
+            key: What `wait` returns the stacks with.
+            pid: The process.
+            state: The letter of its state as `read_facts` found it.
+            deadline: When the dump is given up, in monotonic seconds. `None` takes none.
+            urgency: Lower numbers come first.
+            native: Whether to have C frames too.
+        """
+        reason = _no_dump(pid, state, deadline)
+        if reason is not None or deadline is None:
+            self._done.append((key, missing(reason or "switched off")))
+            return
+        self._ordered += 1
+        order = _Order(urgency, self._ordered, key, pid, state, deadline, native)
+        heapq.heappush(self._waiting, order)
+
+    def is_busy(self) -> bool:
+        """Whether there is something that `wait` has not returned."""
+        return bool(self._done or self._waiting or self._running)
+
+    def wait(self, patience: float) -> list[tuple[Any, Stacks]]:
+        """Wait until dumps have come to their end, for so many seconds at most.
+
+        Returns:
+            The keys of those that have, and their stacks or why there are none.
+        """
+        self._begin()
+        if not self._done and self._running and self._selector is not None:
+            left = min(dump.order.deadline for dump in self._running) - _clock.monotonic()
+            for key, _ in self._selector.select(max(0.0, min(left, patience))):
+                dump: _Dump = key.data
+                if dump in self._running and dump.has_all(key.fd):
+                    self._end(dump)
+        now = _clock.monotonic()
+        for dump in [dump for dump in self._running if dump.order.deadline <= now]:
+            # All of it may be there: a child forked meanwhile keeps the pipe open.
+            self._end(dump, "py-spy did not end in time")
+        done, self._done = self._done, []
+        return done
+
+    def close(self) -> None:
+        """End what still runs."""
+        for dump in self._running.copy():
+            self._end(dump, "py-spy was ended")
+        if self._selector is not None:
+            self._selector.close()
+            self._selector = None
+        # Killed they end at once, but where the kernel is in their way.
+        give_up = _clock.monotonic() + _REAP_PATIENCE
+        while any(dump.process.poll() is None for dump in self._ended) and (
+            _clock.monotonic() < give_up
+        ):
+            time.sleep(0.0005)
+
+    def _begin(self) -> None:
+        now = _clock.monotonic()
+        late = [order for order in self._waiting if order.deadline <= now]
+        if late:
+            used_up = missing("the time for stacks was used up by other processes")
+            self._done += [(order.key, used_up) for order in late]
+            self._waiting = [order for order in self._waiting if order.deadline > now]
+            heapq.heapify(self._waiting)
+        while self._waiting and len(self._running) < _PARALLEL_DUMPS:
+            order = heapq.heappop(self._waiting)
+            try:
+                # Not left to subprocess: it waits by a clock that may be frozen, and keeps without
+                # limit what a py-spy writes.
+                if self._selector is None:
+                    self._program = find_py_spy()
+                    self._selector = selectors.DefaultSelector()
+                if self._program is None:
+                    install = 'py-spy was not found: install it with "pip install py-spy"'
+                    self._done.append((order.key, missing(install)))
+                else:
+                    self._running.append(_Dump(self._program, order, self._selector))
+            except Exception as error:  # a reap must never fail for want of a stack
+                self._done.append((order.key, missing(f"py-spy: {one_line(repr(error))}")))
+
+    def _end(self, dump: _Dump, reason: str | None = None) -> None:
+        self._running.remove(dump)
+        self._done.append((dump.order.key, dump.end(reason)))
+        self._ended = [ended for ended in self._ended if ended.process.poll() is None] + [dump]
+
+
+def missing(reason: str) -> Stacks:
+    """No stacks, and why."""
     return {"stacks": None, "stacks_missing": reason}
+
+
+def can_pause(state: str | None) -> bool:
+    """Whether a process in this state can be paused, as C frames need it."""
+    return state not in ("T", "t", "D")
 
 
 def _no_dump(pid: int, state: str | None, deadline: float | None) -> str | None:
@@ -108,61 +226,27 @@ def _no_dump(pid: int, state: str | None, deadline: float | None) -> str | None:
     return "the process has ended" if gone or state == "Z" else None
 
 
-def _dump_all(
-    program: str, states: Mapping[int, str | None], deadline: float, taken: dict[int, Stacks]
-) -> None:
-    """Add the stacks of those processes whose dump could be begun before the deadline."""
-    dumps: list[_Dump] = []
-    waiting = list(states.items())[::-1]
-    # Not left to subprocess: it waits by a clock that may be frozen, and keeps without limit what
-    # a py-spy writes.
-    with selectors.DefaultSelector() as selector:
-        try:
-            while (left := deadline - _clock.monotonic()) > 0:
-                running = sum(dump.pid not in taken for dump in dumps)
-                if waiting and running < _PARALLEL_DUMPS:
-                    dumps.append(_Dump(program, *waiting.pop(), selector))
-                elif running:
-                    for key, _ in selector.select(left):
-                        dump: _Dump = key.data
-                        if dump.pid not in taken and dump.has_all(key.fd):
-                            taken[dump.pid] = dump.end()
-                else:
-                    break
-        finally:
-            for dump in dumps:
-                if dump.pid not in taken:
-                    # All of it may be there: a child forked meanwhile keeps the pipe open.
-                    taken[dump.pid] = dump.end("py-spy did not end in time")
-            # Killed they end at once, but where the kernel is in their way.
-            while any(dump.process.poll() is None for dump in dumps) and (
-                _clock.monotonic() < deadline + _REAP_PATIENCE
-            ):
-                time.sleep(0.0005)
-
-
 class _Dump:
     """A `py-spy dump` that runs, and what it has written.
 
     Args:
         program: The `py-spy`.
-        pid: The process to dump.
-        state: The letter of the process's state.
+        order: Which process to dump, and how.
         selector: Tells when there is something to read.
 
     Raises:
         OSError: `py-spy` could not be started.
     """
 
-    def __init__(
-        self, program: str, pid: int, state: str | None, selector: selectors.BaseSelector
-    ) -> None:
-        command = [program, "dump", "--json", "--pid", str(pid)]
-        if state in ("T", "t", "D"):
+    def __init__(self, program: str, order: _Order, selector: selectors.BaseSelector) -> None:
+        command = [program, "dump", "--json", "--pid", str(order.pid)]
+        if not can_pause(order.state):
             # Such a process cannot be paused: py-spy would fail, or wait for it to the end. The
             # others must be: read while it runs, a busy worker's stack is often torn.
             command.append("--nonblocking")
-        self.pid = pid
+        elif order.native:
+            command.append("--native")
+        self.order = order
         self.process = subprocess.Popen(
             command, stdin=DEVNULL, stdout=PIPE, stderr=PIPE, start_new_session=True
         )
@@ -198,12 +282,12 @@ class _Dump:
         for pipe in self._pipes:
             pipe.close()
         if self._is_too_much():
-            return _missing(f"py-spy wrote more than {_MOST_OUTPUT >> 20} MiB")
+            return missing(f"py-spy wrote more than {_MOST_OUTPUT >> 20} MiB")
         output, errors = self._written
         try:
-            return {"stacks": _threads(output, self.pid), "stacks_missing": None}
+            return {"stacks": _threads(output, self.order.pid), "stacks_missing": None}
         except Exception:  # whatever its output is
-            return _missing(reason or _reason(errors.decode(errors="replace")))
+            return missing(reason or _reason(errors.decode(errors="replace")))
 
     def _is_too_much(self) -> bool:
         return sum(map(len, self._written)) > _MOST_OUTPUT

@@ -11,19 +11,20 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-# How long a server that stops, and an interpreter that ends, wait for callbacks that block; and how
-# long the handlers of evidence may take beyond the stacks' own time. In seconds.
+# In seconds: how long a server that stops, or an interpreter that ends, waits for callbacks that
+# block, and how long the handlers of evidence may take in addition to the time for the stacks.
 PATIENCE = 1.0
 
-# What comes while so many callbacks wait for one that blocks is lost: it must not fill the memory.
+# So many callbacks wait at most behind one that blocks. Further ones are dropped, or they would
+# fill the memory.
 _MOST_KEPT = 1000
 
 
 class _ContainedLogger(logging.Logger):
-    """Logs as the logger of its name does, but is neither held up nor ended by what logging calls.
+    """Logs as the logger of its name does, but never blocks and never raises.
 
-    A handler blocks for good where it writes to a pipe that nobody reads. What filters and record
-    factories raise goes to the caller of other loggers.
+    With an ordinary logger, a handler that writes to a pipe which nobody reads blocks the caller
+    for good, and an exception in a filter or a record factory reaches the caller.
     """
 
     def __init__(self, name: str) -> None:
@@ -58,7 +59,7 @@ def contained_logger(name: str) -> logging.Logger:
 def _handle(logger: logging.Logger, record: logging.LogRecord) -> None:
     try:
         logger.handle(record)
-    # To log it would come here again.
+    # Not logged: that would come here again.
     except BaseException:
         if logging.raiseExceptions:
             traceback.print_exc()
@@ -68,19 +69,19 @@ logger = contained_logger(__name__)
 
 
 def run_contained(callback: Callable[[], object]) -> None:
-    """Run a callback; whatever it raises is logged, and ends nothing but the callback."""
+    """Run a callback; whatever it raises is logged and goes no further."""
     try:
         callback()
-    # Also SystemExit: it would end the thread, and with it the watch, without a word.
+    # SystemExit, too, which would end the thread without a word, and with it the watch.
     except BaseException:
         logger.exception("A callback raised; the watchdog goes on without its result")
 
 
 class Callbacks:
-    """Runs callbacks in their order on a thread of their own, for which nobody has to wait.
+    """Runs callbacks one after the other on a thread of their own, so that nobody has to wait.
 
-    While one does not come back, those behind it are kept. The thread lives only while there is
-    something to run. Where none can be had, they are kept until one can.
+    While one blocks, those behind it wait. The thread lives only while there is something to run;
+    if none can be started, the callbacks wait until the next `submit` can start one.
     """
 
     def __init__(self) -> None:
@@ -90,36 +91,30 @@ class Callbacks:
         self._idle = threading.Event()
         self._idle.set()
 
-    def submit(self, callback: Callable[[], object]) -> None:
-        """Have a callback run, without waiting for it."""
+    def submit(self, callback: Callable[[], object]) -> bool:
+        """Have a callback run, without waiting for it.
+
+        Returns:
+            Whether there is a thread for it. Where none can be had, it is kept until one can.
+        """
         with self._lock:
             if len(self._pending) < _MOST_KEPT:
                 self._pending.append(callback)
             self._idle.clear()
             if self._has_thread:
-                return
+                return True
             self._has_thread = True
         thread = threading.Thread(target=self._run_pending, name="elastic-timer callbacks")
         thread.daemon = True
         try:
             thread.start()
-        except RuntimeError:  # No more threads to be had. To run it here could block for good.
+        except RuntimeError:  # No thread can be started. To run it here could block for good.
             self._has_thread = False
-
-    def run(self, callback: Callable[[], object], patience: float) -> None:
-        """Run a callback and wait for it, unless one before it has not come back.
-
-        Args:
-            callback: What to call.
-            patience: How many seconds to wait at most.
-        """
-        is_next = self._idle.is_set()
-        self.submit(callback)
-        if is_next and self._has_thread and not self._idle.wait(patience):
-            logger.warning("No return in time, so the watchdog goes on without: %r", callback)
+            return False
+        return True
 
     def flush(self, patience: float) -> bool:
-        """Wait until all have run, for so many seconds at most; whether they have."""
+        """Wait until all have run, for `patience` seconds at most; returns whether they have."""
         return self._idle.wait(max(0.0, patience))
 
     def _run_pending(self) -> None:
@@ -133,25 +128,25 @@ class Callbacks:
             run_contained(callback)
 
 
-# Of the process, as logging itself is.
+# One for the whole process, as logging itself is.
 _records = Callbacks()
 
 
 def the_log() -> Callbacks:
-    """What runs the log's handlers: a listener that logs goes through it, in the log's order."""
+    """What runs the log's handlers; and listeners that log, so that records keep their order."""
     return _records
 
 
 def flush_log(patience: float) -> bool:
-    """Wait until the log's handlers have what was logged; whether they have."""
+    """Wait until the log's handlers have got what was logged; returns whether they have."""
     return _records.flush(patience)
 
 
 def give_up_on_the_log() -> None:
     """Let the interpreter end although a handler of the log blocks.
 
-    It would wait for good for the handler's lock, in `logging.shutdown`, and for that of the stream
-    to which the handler writes.
+    Otherwise it would wait for ever: in `logging.shutdown` for the handler's lock, and when it
+    flushes stderr for the lock of that stream.
     """
     for reference in list(logging._handlerList):  # type: ignore[attr-defined] # No public list.
         handler = reference()
@@ -166,6 +161,6 @@ def give_up_on_the_log() -> None:
 
 
 def forget_parent() -> None:
-    """Begin anew in a forked child, where the thread is not, and the lock may have been held."""
+    """Begin anew in a forked child: the thread is missing there, and the lock may be held."""
     global _records
     _records = Callbacks()

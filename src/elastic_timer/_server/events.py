@@ -118,6 +118,22 @@ class WorkerSignalled(TimerEvent[_Request]):
 
 
 @dataclasses.dataclass(frozen=True)
+class WorkerSpared(TimerEvent[_Request]):
+    """A worker would have been sent a signal, had the server not been told to signal nobody.
+
+    Attributes:
+        signal: The signal's number.
+        seconds_late: How long after the timer's deadline.
+        scopes: All scopes of the worker that had expired, oldest first.
+    """
+
+    name: ClassVar[str] = "would kill worker process"
+    signal: int
+    seconds_late: float
+    scopes: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
 class WorkerExited(WorkerEvent):
     """A worker that had acquired timers has ended.
 
@@ -127,6 +143,33 @@ class WorkerExited(WorkerEvent):
 
     name: ClassVar[str] = "worker exited"
     scopes: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class JobHangs(Event):
+    """The workers of a job wait for each other, and one of them or more are past a deadline.
+
+    Attributes:
+        picture: What all of them on this host were doing before the first of them was signalled,
+            as `_evidence` tells it.
+    """
+
+    name: ClassVar[str] = "job hangs"
+    picture: Mapping[str, object]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlocksMeasured(Event):
+    """What the workers' blocks took since the server was made.
+
+    Attributes:
+        blocks: Of each block what `_server.blocks` makes of it.
+        unmeasured: How often others were entered, that were too many.
+    """
+
+    name: ClassVar[str] = "blocks"
+    blocks: list[Mapping[str, object]]
+    unmeasured: int
 
 
 Listener = Callable[[Event], object]
@@ -163,11 +206,14 @@ class Events:
             if isinstance(event, kinds):
                 callbacks.submit(functools.partial(listener, event))
 
-    def flush(self, patience: float) -> None:
-        """Wait until the listeners have all that was published, for so many seconds at most."""
+    def flush(self, patience: float) -> bool:
+        """Wait until the listeners have all that was published, for so many seconds at most.
+
+        Returns:
+            Whether they have.
+        """
         end = _clock.monotonic() + patience
-        for _, _, callbacks in self._listeners:
-            callbacks.flush(end - _clock.monotonic())
+        return all(each.flush(end - _clock.monotonic()) for _, _, each in self._listeners)
 
     def forget_parent(self) -> None:
         """Begin anew in a forked child, where no thread of a listener is."""

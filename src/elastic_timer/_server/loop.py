@@ -11,23 +11,26 @@ import threading
 import weakref
 from collections.abc import Callable
 
-# Loaded with the first server: the first worker's end shall not wait for it.
-import elastic_timer._evidence.expiry  # noqa: F401
+# Imported together with the first server, so that the first reap does not wait for an import.
+import elastic_timer._evidence.collector  # noqa: F401
 from elastic_timer._server import callbacks
 
 logger = callbacks.contained_logger(__name__)
 
-# The pause after a round that raised: an error that comes back at once must not burn a core.
+# The pause after a round that raised, in seconds. Without it an error that comes back in every
+# round would keep a core busy.
 _ERROR_PAUSE = 0.1
 
-# How long stop() waits for a watchdog that is busy, most likely in somebody's callback.
+# How long stop() waits for a watchdog that is busy, in seconds. Most likely it runs somebody's
+# callback.
 _STOP_PATIENCE = 10.0
 
-# How long start() waits for a watchdog that was told to stop just before.
+# How long start() waits for the end of a watchdog that was told to stop just before, in seconds.
 _START_PATIENCE = 1.0
 
-# Linux lets a wait come to its end up to a thousandth of its length too late (the timer slack of
-# poll(2) and the like): one of a minute would end up to 60 ms behind a deadline.
+# The longest wait at a time, in seconds. Linux may end a wait too late by a thousandth of its
+# length (the timer slack of poll(2)): after a wait of a minute a worker would be reaped up to 60 ms
+# late.
 _LONGEST_WAIT = 0.5
 
 _all_loops: weakref.WeakSet[Loop] = weakref.WeakSet()
@@ -36,19 +39,20 @@ _all_loops: weakref.WeakSet[Loop] = weakref.WeakSet()
 class Loop:
     """Runs a server on a thread, lets it wait there, and wakes it from other threads.
 
-    What the server opens is opened and closed on that thread: there no Ctrl-C comes in between.
+    Everything that the server opens is opened and closed on that thread, since Python raises
+    KeyboardInterrupt in the main thread alone: a Ctrl-C can't leave it half open.
 
     Args:
         name: The thread's name.
-        daemon: Whether the interpreter may exit while it runs.
+        daemon: Whether the interpreter may exit while the thread runs.
         open_all: Opens what the rounds need. What it raises is raised by `start`.
         run: Runs rounds until `stop` was called.
-        close_all: Gives back what was opened, and does no harm when repeated. Called with True in
-            a forked child, which must leave alone what its parent goes on using.
+        close_all: Closes what was opened; it may be called repeatedly. Its argument is True in a
+            forked child, which must leave alone what its parent goes on using.
     """
 
     _run: _Run
-    # The one that the thread is in; None outside of it.
+    # The run that the thread is in now; None outside of it.
     _served: _Run | None
 
     def __init__(
@@ -74,11 +78,14 @@ class Loop:
         self._close()
 
     def start(self) -> bool:
-        """Start the thread and wait until everything is open; False where it runs already.
+        """Start the thread and wait until everything is open.
+
+        Returns:
+            False if it was running already.
 
         Raises:
-            RuntimeError: It was told to stop and is still busy with its last round; or there are no
-                threads, or none that run by themselves.
+            RuntimeError: It was told to stop and is still busy with its last round; or no thread
+                can be started, or threads are not the system's.
             BaseException: What `open_all` raised.
         """
         if self._run.has_begun and not self._run.has_ended.is_set:
@@ -90,11 +97,11 @@ class Loop:
                 raise RuntimeError("the watchdog was told to stop and is still in its last round")
         refuse_green_threads()
         _stop_at_the_end_of_a_child()
-        # A start that was interrupted may still bring its thread to life.
+        # The thread of a start that was interrupted may still come to life. It ends at once.
         self._run.stop_requested.set()
         self._run = run = _Run()
-        # Since Python 3.13 a child of multiprocessing waits for threads that are no daemons before
-        # it comes to what stops them.
+        # Since Python 3.13 a child of multiprocessing, when it ends, first waits for all threads
+        # that are no daemons, and only then runs what would stop this one.
         daemon = self._daemon or _is_child_of_multiprocessing()
         run.thread = threading.Thread(
             target=self._serve, args=(run,), name=self._name, daemon=daemon
@@ -103,8 +110,8 @@ class Loop:
             run.thread.start()
             run.is_open.wait()
         except BaseException:
-            # No more threads, or Ctrl-C. Then it is not known whether the thread runs yet; where it
-            # does, it gives all back.
+            # No thread could be started, or there was a Ctrl-C. After that the thread may run or
+            # not; if it does, it closes everything itself.
             run.stop_requested.set()
             self.join()
             raise
@@ -114,9 +121,10 @@ class Loop:
         return True
 
     def stop(self) -> None:
-        """End the thread, unless it is the caller, and wait for that; harmless when repeated.
+        """Tell the thread to end and wait for that, 10 s at most; harmless when repeated.
 
-        It is waited for 10 s at most. Then it is busy, and gives everything back when it ends.
+        A thread that is busy for longer closes everything once it ends. A caller that is the thread
+        itself does not wait.
         """
         self._run.stop_requested.set()
         self.join()
@@ -127,7 +135,7 @@ class Loop:
         self.wake()
         if run.thread is threading.current_thread():
             return
-        # A thread closes all by itself, where no Ctrl-C can cut it short.
+        # A thread that has begun closes everything itself, where no Ctrl-C can interrupt it.
         if run.has_begun:
             run.has_ended.wait(_STOP_PATIENCE)
         else:
@@ -140,15 +148,19 @@ class Loop:
         """Whether the thread was told to end."""
         return (self._served or self._run).stop_requested.is_set
 
+    def is_serving(self) -> bool:
+        """Whether rounds follow one another on the thread; else somebody runs a single one."""
+        return self._served is not None
+
     def wake_from_outside(self) -> None:
-        """Let the thread look again, unless it is the caller."""
+        """Have the thread look at its timers again; does nothing if the caller is that thread."""
         if threading.current_thread() is not self._run.thread:
             self.wake()
 
     def wake(self) -> None:
-        """End a wait that is under way, or the next one."""
-        # The lock keeps `close` from giving the descriptor's number to somebody else's file.
-        # Where the pipe is full, the thread will wake anyway.
+        """End the wait that is under way, or else the next one."""
+        # Under the lock, or the descriptor could be closed at this moment, and its number be that
+        # of somebody else's file. If the pipe is full, the thread has not yet read an earlier wake.
         with self._lock, contextlib.suppress(BlockingIOError):
             if self._wake_fds is not None:
                 os.write(self._wake_fds[1], b"\0")
@@ -157,38 +169,40 @@ class Loop:
         """Run a round; an error in it is logged, and ends nothing but the round."""
         try:
             one_round()
-        # Also SystemExit: it would end the watch without a word.
+        # SystemExit, too, which would end the thread without a word.
         except BaseException:
             logger.exception("Error in a round of the watchdog; it goes on")
             self.pause(_ERROR_PAUSE)
 
     def pause(self, seconds: float) -> None:
-        """Let time pass, less where the thread is told to stop."""
+        """Let so much time pass, or less if the thread is told to stop meanwhile."""
         if seconds > 0:
             (self._served or self._run).stop_requested.wait(seconds)
 
     def watch(self, fd: int, what: object, for_room: bool = False) -> None:
-        """Let `wait` return `what` when there is something to read from `fd`.
+        """Have `wait` return `what` when there is something to read from `fd`.
 
         Args:
             fd: The descriptor.
             what: Not None.
             for_room: When there is room to write to it, instead.
         """
-        self.unwatch(fd)  # A number whose file was closed behind our back is somebody else's now.
+        self.unwatch(fd)  # Its number may be that of a file which was closed behind our back.
         event = selectors.EVENT_WRITE if for_room else selectors.EVENT_READ
         self._selector_().register(fd, event, what)
 
     def unwatch(self, fd: int) -> None:
-        """Undo `watch`. To be called before the descriptor's number is another file's."""
+        """Undo `watch`; to be called while the descriptor is still open."""
         if self._selector is not None:
-            with contextlib.suppress(KeyError):  # It could not be watched in the first place.
+            with contextlib.suppress(KeyError):  # It is not watched.
                 self._selector.unregister(fd)
 
     def wait(self, timeout: float) -> list[object]:
-        """Wait for one of the descriptors watched, for `wake`, or for `timeout` seconds.
+        """Wait until a watched descriptor is readable, until `wake`, or for `timeout` seconds.
 
-        It may return early with nothing.
+        Returns:
+            What was given to `watch` for the descriptors that are readable. It may also be empty
+            before the time is over.
         """
         selector = self._selector_()
         if self.is_stopping():
@@ -208,7 +222,8 @@ class Loop:
                     self._open_all()
                     run.is_open.set()
                     self._run_rounds()
-            # A loop of somebody's own, or no memory even to log an error of a round.
+            # Rounds do not raise. But a subclass may have a loop of its own, and there may be no
+            # memory left even to log what was wrong.
             except BaseException as error:
                 if not run.is_open.is_set:
                     run.failure = error
@@ -217,7 +232,8 @@ class Loop:
                         "The watchdog has died; nobody is watched until the server starts anew"
                     )
             finally:
-                # Left open by a watchdog that died, the way in would swallow what clients send.
+                # If a watchdog died and left its FIFO open, clients would write without an error,
+                # and nobody would read it.
                 callbacks.run_contained(self._close)
                 self._served = None
                 run.has_ended.set()
@@ -241,13 +257,14 @@ class Loop:
 
     def _forget_parent(self) -> None:
         self._forget()
-        # First: the parent waits with the same one, and would no longer be told of what is
-        # taken out of it here.
+        # Before the rest: parent and child share the selector's epoll set, so what `close_all`
+        # takes out of it here would be gone for the parent as well.
         self._close_selector()
         self._close_all(True)
 
     def _selector_(self) -> selectors.BaseSelector:
-        # A worker registered from another thread may have it watched before the thread waits.
+        # Made on first use, under the lock: another thread may register a worker, and so watch its
+        # exit, before the server's own thread waits for the first time.
         with self._lock:
             if self._selector is None:
                 reader, writer = os.pipe()
@@ -264,20 +281,20 @@ class Loop:
             return self._selector
 
     def _forget(self) -> None:
-        # In a forked child the lock may have been held, and the thread is not there.
+        # In a forked child the thread does not exist, and the locks may be held for ever.
         self._lock = threading.RLock()
-        # Held by the thread as long as it runs: one that was told to stop, and did not even begin
-        # by then, does not get in the way of the next.
+        # Held by a thread from its begin to its end, so that there is never more than one, even if
+        # an earlier start was interrupted and its thread comes late.
         self._serving = threading.Lock()
         self._run = _Run()
         self._served = None
 
 
 class _Flag:
-    """An event that waiting for it leaves intact, also where that is interrupted.
+    """An event that survives a Ctrl-C in the thread that waits for it.
 
-    A Ctrl-C can leave `threading.Event` locked for good, and have `Thread.join` take a thread for
-    ended that runs.
+    `threading.Event` may stay locked for good after that, and `Thread.join` may take a thread that
+    runs for one that has ended.
     """
 
     def __init__(self) -> None:
@@ -291,13 +308,13 @@ class _Flag:
             self._lock.release()
 
     def wait(self, timeout: float = -1) -> None:
-        """Wait until it is set, for so many seconds at most; for ever without a number."""
+        """Wait until it is set, for `timeout` seconds at most; a negative number means for ever."""
         if not self.is_set and self._lock.acquire(timeout=timeout):
             self._lock.release()
 
 
 class _Run:
-    """One time that the thread runs, from a start to its end."""
+    """The thread's life from one `start` to its end."""
 
     def __init__(self) -> None:
         self.thread: threading.Thread | None = None
@@ -308,15 +325,23 @@ class _Run:
         self.failure: BaseException | None = None
 
 
+# Libraries whose threads take turns: where each keeps what it has replaced, how to ask for it, and
+# what it calls the threads.
+_GREEN_THREADS = (
+    ("eventlet.patcher", "is_monkey_patched", "thread"),
+    ("gevent.monkey", "is_module_patched", "threading"),
+)
+
+
 def refuse_green_threads() -> None:
-    """Raise RuntimeError where threads do not run by themselves."""
-    patcher = sys.modules.get("eventlet.patcher")
-    if patcher is not None and patcher.is_monkey_patched("thread"):
-        raise RuntimeError(
-            "eventlet has replaced the threads of this process by its own, in which a watchdog "
-            "stands still while the others work: start the server in a process of its own, or with "
-            "`elastic-timer run -- ...`"
-        )
+    """Raise RuntimeError where threads are not the system's, but take turns in a single one."""
+    for patcher, is_patched, threads in _GREEN_THREADS:
+        if patcher in sys.modules and getattr(sys.modules[patcher], is_patched)(threads):
+            raise RuntimeError(
+                f"{patcher.partition('.')[0]} has replaced the threads of this process by its own, "
+                "in which a watchdog stands still while the others work: start the server in a "
+                "process of its own, or with `elastic-timer run -- ...`"
+            )
 
 
 def _forget_parents() -> None:
@@ -342,20 +367,20 @@ _pid_with_finalizer = 0
 
 
 def _stop_at_the_end_of_a_child() -> None:
-    """Have servers stopped where multiprocessing ends a child, past `atexit`."""
+    """Have servers stopped in a child of multiprocessing, which ends without running `atexit`."""
     global _pid_with_finalizer
     if not _is_child_of_multiprocessing() or _pid_with_finalizer == os.getpid():
         return
     from multiprocessing.util import Finalize
 
-    # With a priority it comes before children are waited for, and before threads that are no
-    # daemons: those of servers would never end.
+    # Only with a priority is it run before the child waits for its own children and for threads
+    # that are no daemons. It would wait for ever for those of servers.
     Finalize(None, _stop_all, exitpriority=0)
     _pid_with_finalizer = os.getpid()
 
 
 if hasattr(os, "register_at_fork"):
-    # A child that kept a FIFO open would let clients write into the void after the server's death.
+    # If a child kept the FIFO open, clients would notice nothing of the server's death.
     os.register_at_fork(after_in_child=_forget_parents)
-# A server that is still running at the interpreter's end would leave its FIFO behind.
+# Or a server that still runs when the interpreter ends would leave its FIFO behind.
 atexit.register(_stop_all)

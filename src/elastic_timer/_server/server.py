@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import functools
 import logging
+import math
+import os
 import signal as signals
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
@@ -12,8 +15,10 @@ from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 from elastic_timer import _clock
 from elastic_timer._server import callbacks
 from elastic_timer._server.events import (
+    BlocksMeasured,
     Event,
     Events,
+    JobHangs,
     Listener,
     ServerStarted,
     ServerStopped,
@@ -23,12 +28,17 @@ from elastic_timer._server.events import (
     WatchdogRound,
     WorkerExited,
     WorkerSignalled,
+    WorkerSpared,
 )
 from elastic_timer._server.process import is_running, refusal, state_of
+from elastic_timer._server.tree import UNKILLABLE_AFTER as _UNKILLABLE_AFTER
+from elastic_timer._server.tree import Trees
 from elastic_timer._server.workers import Request, Workers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+    from elastic_timer._evidence.collector import Findings
 
 logger = callbacks.contained_logger(__name__)
 
@@ -53,6 +63,10 @@ _SHORTEST_INTERVAL = 0.001
 # have heard of their expiry. One that blocks makes them late by so much.
 _HEAD_START = 0.01
 
+# A wait that takes longer than this, in seconds, was for something that was not there before it: on
+# a busy machine one that finds something at once may take some milliseconds.
+_AT_ONCE = 0.05
+
 # The pause after requests could not be got: an error that comes back at once must not burn a core.
 _ERROR_PAUSE = 0.1
 
@@ -70,10 +84,22 @@ _ROOM = 0.003
 _ROUNDS_TOLD = 0.05
 
 # What listeners get that do not say what they want: all that does not come with every block.
-_RARE_EVENTS = (ServerStarted, ServerStopped, TimerExpired, WorkerSignalled, WorkerExited)
+_RARE_EVENTS = (
+    ServerStarted,
+    ServerStopped,
+    JobHangs,
+    TimerExpired,
+    WorkerSignalled,
+    WorkerSpared,
+    WorkerExited,
+    BlocksMeasured,
+)
 
-# A process that is still there so long after SIGKILL hangs in the kernel, where nobody can help.
-_UNKILLABLE_AFTER = 5.0
+# How often listeners are told what blocks take, in seconds.
+_BLOCKS_INTERVAL = 600.0
+# To put together what is told of a thousand blocks takes some hundredths of a second: not when a
+# deadline is closer than this.
+_BLOCKS_TAKE = 0.2
 
 
 class Source(Protocol[_R]):
@@ -144,6 +170,29 @@ class _Retry(NamedTuple):
     pause: float
 
 
+@dataclasses.dataclass
+class _Inquest:
+    """What is to be known of an expired worker before it is signalled.
+
+    Attributes:
+        timers: The JSON of its expired timers.
+        until: How long it is waited for, in monotonic seconds.
+        evidence: What was found.
+        is_done: Whether it need not be waited for any more.
+        is_announced: Whether those who want to know that it will be signalled were told so.
+    """
+
+    timers: list[str]
+    until: float
+    evidence: Mapping[str, object] | None = None
+    is_done: bool = False
+    is_announced: bool = False
+
+    def is_over(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.is_done or self.until <= _clock.monotonic()
+
+
 @dataclasses.dataclass(frozen=True)
 class _Signalled(Generic[_R]):
     """A worker that was signalled for a timer: until when it is given time to end."""
@@ -166,8 +215,11 @@ class ProcessServer(abc.ABC, Generic[_R]):
         daemon: Whether the interpreter may exit while the watchdog runs.
         kill_after: How many seconds a worker may outlive a signal other than SIGKILL before it
             gets SIGKILL. None means for ever.
+        kill_tree: Whether what a worker has started is killed with it.
+        dry_run: Whether nobody is signalled, and those who would be are only reported.
 
     Raises:
+        NotImplementedError: With `kill_tree`, where there is no /proc.
         ValueError: `max_interval` or `kill_after` is not a positive number.
     """
 
@@ -178,11 +230,15 @@ class ProcessServer(abc.ABC, Generic[_R]):
         max_interval: float,
         daemon: bool,
         kill_after: float | None = None,
+        kill_tree: bool = False,
+        dry_run: bool = False,
     ) -> None:
         if not max_interval > 0:
             raise ValueError(f"max_interval must be a positive number of seconds: {max_interval}")
         if kill_after is not None and not kill_after > 0:
             raise ValueError(f"kill_after must be a positive number of seconds: {kill_after}")
+        if kill_tree and not os.path.exists("/proc/self/stat"):
+            raise NotImplementedError("kill_tree needs /proc, which this system does not have")
         # Not before: its fork and exit hooks are no business of a process that has no server.
         from elastic_timer._server.loop import Loop, refuse_green_threads
 
@@ -192,6 +248,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._max_interval = max_interval
         self._daemon = daemon
         self._kill_after = kill_after
+        self._kill_tree = kill_tree
+        self._dry_run = dry_run
         self._stop_signaled = False
         self._is_open = False
         self._loop = Loop(
@@ -204,9 +262,13 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._workers: Workers[_R] = Workers(self._loop)
         self._timers = self._workers.table
         self._events = Events()
-        self._events.subscribe(self._log_signalled, WorkerSignalled, queue=callbacks.the_log())
-        # Apart from the events, so that a listener that blocks costs nobody the evidence.
-        self._reports = callbacks.Callbacks()
+        self._events.subscribe(
+            self._log_signalled, WorkerSignalled, WorkerSpared, queue=callbacks.the_log()
+        )
+        self._begin_anew()
+        self._before_signal: tuple[Callable[[TimerExpired[_R]], object], float] | None = None
+        # When listeners are told next what blocks take.
+        self._blocks_due = float("inf")
         # What a subclass adds that is served besides.
         self._aside: Aside | None = None
         self._progress = Progress()
@@ -215,6 +277,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         # What listeners hear of once all who are due are signalled.
         self._outbox: list[Event] = []
         self._told_first_until = 0.0
+        self._is_heard = True
         # What overdue workers were sent in this round.
         self._sent: list[int] = []
         self._looked_at = 0.0
@@ -222,6 +285,18 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._is_unfinished = False
         self._retries: dict[int, _Retry] = {}
         self._signalled: dict[int, _Signalled[_R]] = {}
+        # Of workers that were signalled and may end; empty without `kill_tree`.
+        self._trees = Trees()
+
+    def _begin_anew(self) -> None:
+        """Make ready to find out what expired workers were doing, on a thread that is not there."""
+        from elastic_timer._evidence.collector import Collector
+
+        # Apart from the events, so that a listener that blocks costs nobody the evidence.
+        self._reports = callbacks.Callbacks()
+        self._collector = Collector(self._run_id, self._tell)
+        self._inquests: dict[int, _Inquest] = {}
+        self._is_blocked = False
 
     def __enter__(self) -> Self:
         self.start()
@@ -238,7 +313,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         Raises:
             OSError: What requests come through can't be opened.
             RuntimeError: It was stopped while it was busy, and still is; or the threads of this
-                process are eventlet's.
+                process are eventlet's or gevent's.
         """
         self._stop_signaled = False
         if self._loop.start():
@@ -264,8 +339,27 @@ class ProcessServer(abc.ABC, Generic[_R]):
             listener: Called with each record. What it raises is logged. It holds nobody up for
                 more than 10 ms; while a thousand records wait for it, later ones are lost.
             kinds: The kinds of records. Without any it is all but acquires and releases of timers.
+                From the first time that somebody asks for them, blocks are measured.
         """
         self._events.subscribe(listener, *(kinds or _RARE_EVENTS))
+        if self._events.wants(BlocksMeasured):
+            self._workers.measure()
+            self._blocks_due = _clock.monotonic() + _BLOCKS_INTERVAL
+
+    def before_signal(self, callback: Callable[[TimerExpired[_R]], object], timeout: float) -> None:
+        """Have something called for each worker that is about to be signalled for its timer.
+
+        The signal waits for it; other workers do not, and each has a thread of its own. A worker
+        that leaves its block meanwhile is not signalled. A server that is being stopped waits for
+        nobody, and calls nothing.
+
+        Args:
+            callback: Called with the record of the expiry. What it raises is logged.
+            timeout: How many seconds the signal waits at most.
+
+        .. versionadded:: 0.2.0
+        """
+        self._before_signal = callback, timeout
 
     @staticmethod
     def is_process_running(pid: int) -> bool:
@@ -333,8 +427,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
         """Say what expired workers were doing, through the hook of the contract; the evidence."""
 
     @abc.abstractmethod
-    def _debug_hook_timeout(self) -> float:
-        """How many seconds the evidence may take."""
+    def _evidence_wanted(self) -> tuple[float, bool, tuple[str, ...]]:
+        """How many seconds stacks may take, whether with C frames, and where ranks wait."""
 
     @abc.abstractmethod
     def _watchdog_loop(self) -> None:
@@ -362,9 +456,21 @@ class ProcessServer(abc.ABC, Generic[_R]):
             expired = self._find_expired(now)
             self._workers.settle(now)
             self._reap_all(expired, now)
+            if self._inquests and self._is_ending():
+                until = max(inquest.until for inquest in self._inquests.values())
+                self._reports.flush(until - _clock.monotonic())
+                self._reap_all(self._find_expired(now), now)
         self._follow_up()
+        self._trees.follow_up()
         self._is_unfinished = False
         self._note_round()
+        if self._blocks_due <= self._looked_at:
+            deadline = self._workers.next_deadline()
+            if deadline is not None and deadline - self._looked_at < _BLOCKS_TAKE:
+                self._blocks_due = deadline + _BLOCKS_TAKE
+            else:
+                self._blocks_due = self._looked_at + _BLOCKS_INTERVAL
+                self._publish_blocks()
 
     def _note_round(self) -> None:
         progress = self._progress
@@ -376,26 +482,73 @@ class ProcessServer(abc.ABC, Generic[_R]):
             self._events.publish(WatchdogRound(_clock.epoch(), *counts))
 
     def _reap_all(self, expired: dict[int, list[_R]], now: float) -> None:
-        """Report the workers whose timers have expired at `now` (epoch), and reap them."""
+        """Report the workers whose timers have expired at `now` (epoch), and reap them.
+
+        One is reaped as soon as the evidence on it and its peers is there, in this round or later.
+        """
         self._retries = {pid: retry for pid, retry in self._retries.items() if pid in expired}
-        fresh = {pid: timers for pid, timers in expired.items() if pid not in self._retries}
-        due = [pid for pid in expired if pid in fresh or self._retries[pid].at <= self._looked_at]
-        evidence = self._contained(lambda: self._report(fresh), lambda: {})
+        self._inquests = {pid: each for pid, each in self._inquests.items() if pid in expired}
+        known = self._retries.keys() | self._inquests.keys()
+        fresh = {pid: timers for pid, timers in expired.items() if pid not in known}
+        self._contained(lambda: self._report(fresh), lambda: None)
+        due = [pid for pid, timers in expired.items() if self._is_due(pid, timers)]
         # Later: the listeners' threads would take the interpreter's lock from the loop, for
         # milliseconds at a time.
         self._outbox = []
-        self._told_first_until = _clock.monotonic() + _HEAD_START
+        self._is_heard = self._is_heard or self._events.flush(0)
+        self._told_first_until = _clock.monotonic() + _HEAD_START if self._is_heard else 0.0
         for pid in due:
             # A release that was written before the signal is honoured, however late it comes.
             if self._take_last_minute():
                 expired = self._find_expired(now)
             if pid in expired:
-                self._reap(pid, expired[pid], evidence.get(pid))
+                inquest = self._inquests.pop(pid, None)
+                self._reap(pid, expired[pid], None if inquest is None else inquest.evidence)
         for event in self._outbox:
             self._events.publish(event)
         killed = {pid for pid in due if self._workers.was_killed(pid)}
         if killed:
             self._contained(lambda: self.clear_timers(killed), lambda: self._workers.clear(killed))
+
+    def _is_due(self, pid: int, timers: list[_R]) -> bool:
+        """Whether the time has come to reap an expired worker."""
+        if pid in self._retries:
+            return self._retries[pid].at <= self._looked_at
+        inquest = self._inquests.get(pid)
+        if inquest is None:
+            return True
+        if inquest.is_announced or not inquest.is_over():
+            return inquest.is_over() or (inquest.is_announced and self._is_ending())
+        if not (inquest.is_done or self._is_blocked):
+            logger.warning("No evidence on worker %s in time; the watchdog goes on without", pid)
+            self._is_blocked = True
+        self._announce(pid, timers, inquest)
+        return inquest.is_over()
+
+    def _announce(self, pid: int, timers: list[_R], inquest: _Inquest) -> None:
+        """Have those know who want to that a worker is going to be signalled."""
+        inquest.is_announced = True
+        lethal = [timer for timer in timers if self._signal_for(timer) > 0]
+        if self._before_signal is None or self._dry_run or self._is_ending():
+            return
+        if not lethal or refusal(pid):
+            return
+        callback, timeout = self._before_signal
+        ranks, late = self._workers.ranks(pid), self._workers.seconds_late(lethal[0])
+        event = TimerExpired(_clock.epoch(), pid, *ranks, lethal[0], late, inquest.evidence)
+        inquest.is_done, inquest.until = False, _clock.monotonic() + timeout
+
+        def announce() -> None:
+            callbacks.run_contained(lambda: callback(event))
+            inquest.is_done = True
+            self._loop.wake()
+
+        if not callbacks.Callbacks().submit(announce):
+            inquest.is_done = True
+
+    def _is_ending(self) -> bool:
+        """Whether there may be no other round."""
+        return not self._loop.is_serving() or self._loop.is_stopping()
 
     def _wait(self, timeout: float) -> bool:
         """Wait until there is something to do; requests that arrive are left to gather a moment.
@@ -407,15 +560,18 @@ class ProcessServer(abc.ABC, Generic[_R]):
             Whether there is something to do. False after the timeout or when woken.
         """
         due = self._next_due()
-        timeout = min(timeout, due - _clock.monotonic() - _FINE)
-        if self._aside is None:
-            ready = self._loop.wait(timeout)
-        else:
-            if due - _clock.monotonic() > _ROOM:
-                timeout = min(timeout, self._aside.pause())
-            ready = self._loop.wait(timeout)
-            ready = self._aside.serve(ready, due - _clock.monotonic() > _ROOM)
-        left = due - _clock.monotonic()
+        before = _clock.monotonic()
+        timeout = min(timeout, due - before - _FINE)
+        if self._aside is not None and due - before > _ROOM:
+            timeout = min(timeout, self._aside.pause())
+        ready = self._loop.wait(timeout)
+        now = _clock.monotonic()
+        if now - before > _AT_ONCE:
+            self._workers.note_all_read(now)
+        if self._aside is not None:
+            ready = self._aside.serve(ready, due - now > _ROOM)
+            now = _clock.monotonic()
+        left = due - now
         if not ready and left <= _FINE:
             self._loop.pause(left)
         self._note_ready(ready)
@@ -427,14 +583,16 @@ class ProcessServer(abc.ABC, Generic[_R]):
         """The monotonic time at which something has to be done; infinite where nothing has."""
         if self._is_unfinished:
             return self._looked_at
-        due = [retry.at for retry in self._retries.values()]
+        due = [self._blocks_due, *(retry.at for retry in self._retries.values())]
         due += [signalled.until for signalled in self._signalled.values()]
+        due.append(self._trees.next_due())
+        due += [0.0 if each.is_done else each.until for each in self._inquests.values()]
         deadline = self._workers.next_deadline()
         if deadline is not None:
             due.append(deadline)
         if self._workers.has_unwatched():
             due.append(self._looked_at + _RETRY)
-        return min(due, default=float("inf"))
+        return min(due)
 
     def _end_of_wait(self) -> float:
         """When a wait that begins now has lasted `max_interval`, in monotonic seconds."""
@@ -449,6 +607,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
             exited, self.is_process_running
         ):
             self._signalled.pop(pid, None)
+            self._with_tree(functools.partial(self._trees.kill, pid))
             self._events.publish(WorkerExited(_clock.epoch(), pid, rank, local_rank, scopes))
 
     def _register(self, requests: list[_R]) -> None:
@@ -478,6 +637,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
         is_retry = pid in self._retries
         ranks = self._workers.ranks(pid)
         timers = sorted(timers, key=lambda timer: timer.expiration_time)
+        if not is_retry:
+            self._workers.count_expired(timers)
         for timer in timers:
             signal = self._signal_for(timer)
             late = self._workers.seconds_late(timer)
@@ -495,6 +656,14 @@ class ProcessServer(abc.ABC, Generic[_R]):
             logger.warning("Worker %s has overrun its deadline, and is left alone: %s", pid, reason)
             self._workers.drop(timers)
             return
+        scopes = [expired.scope_id for expired in timers]
+        if self._dry_run:
+            late = self._workers.seconds_late(timers[0])
+            self._workers.drop(timers)
+            self._outbox.append(
+                WorkerSpared(_clock.epoch(), pid, *ranks, timer, signal, late, scopes)
+            )
+            return
         pause = self._signal(pid, signal)
         if pause is not None:
             logger.error("Worker %s could not be signalled; trying again until it can be", pid)
@@ -509,7 +678,6 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._note_signal(pid, timer, signal)
         # Only these: what else it holds counts on, where it outlives the signal.
         self._workers.drop(timers)
-        scopes = [expired.scope_id for expired in timers]
         self._outbox.append(
             WorkerSignalled(_clock.epoch(), pid, *ranks, timer, signal, late, scopes)
         )
@@ -519,18 +687,37 @@ class ProcessServer(abc.ABC, Generic[_R]):
         left = self._told_first_until - _clock.monotonic()
         if left > 0:
             self._events.publish(event)
-            self._events.flush(left)
+            self._is_heard = self._events.flush(left)
         else:
             self._outbox.append(event)
 
     def _signal(self, pid: int, signal: int) -> float | None:
-        """Signal a worker; None if that is done, else the seconds before it is tried again."""
+        """Signal a worker; None if that is done, else the seconds before it is tried again.
+
+        With `kill_tree` what it has started is found before, while the worker is its parent still,
+        and killed if the worker was; if not it goes on, and so does the worker.
+        """
+        process = self._workers.process(pid)
+        if self._kill_tree and process is not None:
+            is_end = signal == signals.SIGKILL
+            self._with_tree(lambda: self._trees.hold(process, stop=is_end))
+        pause: float | None = _FIRST_RETRY
         try:
-            return None if self._send_signal(pid, signal) else _RETRY
+            pause = None if self._send_signal(pid, signal) else _RETRY
         # The hook may be anybody's. Whatever it raises, the deadlines of others are kept.
         except BaseException:
             logger.exception("Error signalling worker %s", pid)
-            return _FIRST_RETRY
+        if self._workers.was_killed(pid):
+            self._with_tree(lambda: self._trees.kill(pid))
+        elif pause is None:
+            self._with_tree(lambda: self._trees.resume(pid))
+        else:
+            self._with_tree(lambda: self._trees.let_go(pid))
+        return pause
+
+    def _with_tree(self, step: Callable[[], object]) -> None:
+        # Without descriptors, for instance: the worker itself is reaped all the same.
+        self._contained(step, lambda: None)
 
     def _note_signal(self, pid: int, timer: _R, signal: int) -> None:
         now = _clock.monotonic()
@@ -538,9 +725,12 @@ class ProcessServer(abc.ABC, Generic[_R]):
             self._signalled[pid] = _Signalled(timer, signal, now + _UNKILLABLE_AFTER)
         elif signal == signals.SIGKILL:
             self._workers.presume_dead(pid)
-        elif self._kill_after is not None:
+            if self._kill_tree:
+                self._signalled[pid] = _Signalled(timer, signal, math.inf)
+        elif self._kill_after is not None or self._kill_tree:
             # Signalled again, they get no more time than at first.
-            self._signalled.setdefault(pid, _Signalled(timer, signal, now + self._kill_after))
+            until = now + (math.inf if self._kill_after is None else self._kill_after)
+            self._signalled.setdefault(pid, _Signalled(timer, signal, until))
 
     def _forgive(self, requests: list[_R]) -> None:
         """Follow those no longer who have left, or entered anew, the block they were signalled for.
@@ -555,6 +745,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
                 and not self._workers.was_killed(request.worker_id)
             ):
                 del self._signalled[request.worker_id]
+                self._trees.let_go(request.worker_id)
 
     def _follow_up(self) -> None:
         """See to the workers that were signalled and are still there."""
@@ -584,29 +775,67 @@ class ProcessServer(abc.ABC, Generic[_R]):
             else:
                 self._signalled[pid] = dataclasses.replace(followed, until=now + _RETRY)
 
-    def _report(self, expired: dict[int, list[_R]]) -> Mapping[int, Mapping[str, object]]:
-        """Have the debug hook say, in every round, what expired workers were doing.
+    def _report(self, expired: dict[int, list[_R]]) -> None:
+        """Have it found out, and told by the debug hook, what expired workers were doing.
 
-        Returns:
-            By worker what it found out, if it did so in time.
+        The hook is called in every round before any worker is reaped; it is silent where there is
+        nothing to tell.
         """
+        if not expired:
+            self._call_debug_hook({})
+            return
         texts = {
             pid: [self._to_json(timer, self._workers.expiration_now(timer)) for timer in timers]
             for pid, timers in expired.items()
         }
-        evidence: dict[int, Mapping[str, object]] = {}
+        wanted = self._evidence_wanted()
+        if self._is_blocked:
+            self._is_blocked = not self._reports.flush(0)
+        self._inquests.update(
+            {
+                pid: _Inquest(timers, _clock.monotonic() + wanted[0] + callbacks.PATIENCE)
+                for pid, timers in texts.items()
+            }
+        )
+        standings = self._workers.standings(texts)
+        self._collector.ask(texts, standings, *wanted)
+        # Where the thread is in somebody's handler that has not come back in time, or there is
+        # none, nobody waits for what it will find.
+        if not self._reports.submit(self._collect) or self._is_blocked:
+            self._let_go_on([self._inquests[pid] for pid in texts])
 
-        def report() -> None:
-            told = self._call_debug_hook(texts)
-            # It may be somebody's own, or upstream's, which returns nothing.
-            if isinstance(told, dict):
-                evidence.update(told)
+    def _collect(self) -> None:
+        """Find out what was asked for, on the thread for that."""
+        try:
+            self._collector.work()
+        except BaseException:
+            self._let_go_on(list(self._inquests.values()))
+            raise
 
-        if texts:
-            self._reports.run(report, self._debug_hook_timeout() + callbacks.PATIENCE)
-        else:
-            report()
-        return dict(evidence)
+    def _tell(self, findings: Findings) -> None:
+        """Have the debug hook tell what was found of some workers, which may be reaped then."""
+        from elastic_timer._evidence.collector import handing_over
+
+        for picture in findings.pictures:
+            self._events.publish(JobHangs(_clock.epoch(), picture))
+        with handing_over(findings):
+            told: object = self._contained(
+                lambda: self._call_debug_hook(findings.expired), lambda: None
+            )
+        inquests = []
+        for pid, timers in findings.expired.items():
+            inquest = self._inquests.get(pid)
+            # It may be one of a later expiry.
+            if inquest is not None and inquest.timers is timers:
+                # The hook may be somebody's own, or upstream's, which returns nothing.
+                inquest.evidence = told.get(pid) if isinstance(told, dict) else None
+                inquests.append(inquest)
+        self._let_go_on(inquests)
+
+    def _let_go_on(self, inquests: list[_Inquest]) -> None:
+        for inquest in inquests:
+            inquest.is_done = True
+        self._loop.wake()
 
     def _contained(self, hook: Callable[[], _Result], instead: Callable[[], _Result]) -> _Result:
         """What a hook returns, which may be anybody's; where it raises, what is done instead."""
@@ -647,16 +876,25 @@ class ProcessServer(abc.ABC, Generic[_R]):
             if is_child:
                 self._workers.forget_parent()
                 self._events.forget_parent()
-                self._reports = callbacks.Callbacks()
+                self._begin_anew()
             else:
                 self._workers.close()
             self._exited = []
+            self._inquests = {}
             self._retries = {}
             self._signalled = {}
+            self._trees.close()
             was_open, self._is_open = self._is_open, False
         if was_open and not is_child:
+            # By now it is known which blocks were never left.
+            self._publish_blocks()
             self._events.publish(ServerStopped(_clock.epoch()))
             self._flush()
+
+    def _publish_blocks(self) -> None:
+        blocks, unmeasured = self._workers.measured()
+        if blocks:
+            self._events.publish(BlocksMeasured(_clock.epoch(), blocks, unmeasured))
 
     def _flush(self) -> None:
         """Let listeners and the log catch up, those that block for a second at most."""
@@ -665,9 +903,10 @@ class ProcessServer(abc.ABC, Generic[_R]):
         callbacks.flush_log(end - _clock.monotonic())
 
     def _log_signalled(self, event: Event) -> None:
-        assert isinstance(event, WorkerSignalled)
+        assert isinstance(event, (WorkerSignalled, WorkerSpared))
         logging.getLogger(__name__).warning(
-            "Reaped worker %s%s with signal %s, %.3f s after its deadline: %s",
+            "%s worker %s%s with signal %s, %.3f s after its deadline: %s",
+            "Reaped" if isinstance(event, WorkerSignalled) else "Dry run: would have reaped",
             event.pid,
             "" if event.rank is None else f" (rank {event.rank})",
             event.signal,

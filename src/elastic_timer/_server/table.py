@@ -12,25 +12,29 @@ from typing import Generic, TypeVar
 _Worker = TypeVar("_Worker", bound=Hashable)
 _Request = TypeVar("_Request")
 
-# Heap entries of released timers are left in place; the heap is rebuilt when it holds more than
-# twice the live ones plus this many, so that its size and the cost of an acquire stay bounded.
+# The heap's entries of released timers are left in place. It is rebuilt when it has more entries
+# than this and twice the number of timers, so that its size and the cost of an acquire stay
+# bounded.
 _HEAP_SLACK = 64
 
 
 class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Request]):
     """A mapping from (worker, scope) to request that knows the earliest deadline.
 
-    A timer whose deadline has passed is held on until it is dropped. Once it was `settled` it no
-    longer counts for `next_deadline`: somebody has looked at it and knows what it waits for.
+    A timer whose deadline has passed stays in the table until it is released or cleared. After
+    `settle` it no longer counts for `next_deadline`: somebody has looked at it, and knows what it
+    is waiting for.
     """
 
     def __init__(self) -> None:
-        # Of each timer its serial, its deadline, its request, and when it was acquired.
-        self._timers: dict[_Worker, dict[str, tuple[int, float, _Request, float]]] = {}
+        # For each worker and scope: the timer's serial number, its deadline, its request, since
+        # when it is held, and when it was asked for last.
+        self._timers: dict[_Worker, dict[str, tuple[int, float, _Request, float, float]]] = {}
         self._size = 0
         self._serial = 0
-        # Deadline, serial, worker, scope. The serial breaks ties, so that workers are never
-        # compared, and tells a live entry from one whose timer was released or acquired anew.
+        # Deadline, serial, worker, scope. The serial decides between equal deadlines, so that
+        # workers, which may have no order, are never compared. An entry is live while the timer
+        # still has that serial; one that was released or acquired anew has not.
         self._heap: list[tuple[float, int, _Worker, str]] = []
         self._settled: list[tuple[float, int, _Worker, str]] = []
 
@@ -42,7 +46,7 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
             raise KeyError(key) from None
 
     def __iter__(self) -> Iterator[tuple[_Worker, str]]:
-        # Over copies, each made in one step: another thread may change the table meanwhile.
+        # Over copies: another thread may change the table meanwhile.
         timers = list(self._timers.items())
         return iter([(worker, scope) for worker, scopes in timers for scope in list(scopes)])
 
@@ -53,31 +57,26 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
         return f"{type(self).__name__}({dict(self)!r})"
 
     def acquire(
-        self, worker: _Worker, scope: str, request: _Request, deadline: float, since: float = 0.0
+        self, worker: _Worker, scope: str, request: _Request, deadline: float, now: float = 0.0
     ) -> bool:
-        """Hold a timer; it replaces the one that the worker holds for the scope, if any.
-
-        Args:
-            worker: The worker.
-            scope: What the timer is for.
-            request: What it was asked for with.
-            deadline: When it is due.
-            since: The present, for those who want to know how much of the time is used.
+        """Hold a timer, in the place of the one that the worker may hold for the scope already.
 
         Returns:
-            Whether it held none.
+            Whether there was none.
         """
         scopes = self._timers.setdefault(worker, {})
-        is_new = scope not in scopes
+        held = scopes.get(scope)
+        is_new = held is None
         self._size += is_new
         self._serial += 1
-        scopes[scope] = self._serial, deadline, request, since
+        since = now if held is None else held[3]
+        scopes[scope] = self._serial, deadline, request, since, now
         heapq.heappush(self._heap, (deadline, self._serial, worker, scope))
         self._prune()
         return is_new
 
     def release(self, worker: _Worker, scope: str) -> None:
-        """Drop one timer; a release of what is not held does nothing."""
+        """Drop one timer; does nothing if the worker does not hold it."""
         scopes = self._timers.get(worker)
         if scopes is None or scopes.pop(scope, None) is None:
             return
@@ -104,12 +103,12 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
         return list(self._timers)
 
     def deadline(self, worker: _Worker, scope: str) -> float | None:
-        """When the worker's timer for a scope is due; None where it holds none."""
+        """When the worker's timer for a scope is due; None if it holds none."""
         timer = self._timers.get(worker, {}).get(scope)
         return None if timer is None else timer[1]
 
     def spans(self, worker: _Worker) -> Iterator[tuple[str, float, float]]:
-        """Of each timer that a worker holds its scope, when it was acquired, and when it is due.
+        """Of each timer that a worker holds its scope, when it was asked for, and when it is due.
 
         Timers that are acquired in the course of it are left out, as are those that are released.
         """
@@ -118,12 +117,25 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
         for scope in list(scopes):
             timer = scopes.get(scope)
             if timer is not None:
-                yield scope, timer[3], timer[1]
+                yield scope, timer[4], timer[1]
+
+    def most_urgent(self, worker: _Worker) -> tuple[str, float, float] | None:
+        """Of a worker's timer that is due first its scope, its deadline, and since when it is held.
+
+        None where it has none.
+        """
+        timers = list(self._timers.get(worker, {}).items())
+        due = [(deadline, scope, since) for scope, (_, deadline, _, since, _) in timers]
+        if not due:
+            return None
+        deadline, scope, since = min(due)
+        return scope, deadline, since
 
     def expired(self, now: float) -> dict[_Worker, list[_Request]]:
-        """The requests due at `now` or before, by worker, each worker's oldest first.
+        """The requests due at `now` or before, by worker, each worker's earliest first.
 
-        Asks only the due part of the heap: the cost does not grow with the timers still running.
+        Only the part of the heap that is due is looked at, so the cost does not grow with the
+        number of timers that are not.
         """
         due = [entry for entry in self._settled if entry[0] <= now and self._is_live(entry)]
         pending = [0]
@@ -139,7 +151,7 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
         return found
 
     def settle(self, now: float) -> None:
-        """Take note that what is due at `now` or before was looked at."""
+        """Note that all timers due at `now` or before have been looked at."""
         self._settled = [entry for entry in self._settled if self._is_live(entry)]
         while self._heap and self._heap[0][0] <= now:
             entry = heapq.heappop(self._heap)
@@ -147,7 +159,7 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
                 self._settled.append(entry)
 
     def next_deadline(self) -> float | None:
-        """The earliest deadline that was not settled; None where there is none."""
+        """The earliest deadline that was not settled; None if there is none."""
         while self._heap and not self._is_live(self._heap[0]):
             heapq.heappop(self._heap)
         return self._heap[0][0] if self._heap else None

@@ -10,19 +10,19 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 from elastic_timer import _clock
-from elastic_timer._server.blocks import block_of
+from elastic_timer._server.blocks import Blocks, block_of
 from elastic_timer._server.callbacks import contained_logger
 from elastic_timer._server.process import (
     ProcessHandle,
     SpareDescriptor,
     environment_of,
     is_running,
-    ranks,
     refusal,
 )
 from elastic_timer._server.table import TimerTable
 
 if TYPE_CHECKING:
+    from elastic_timer._server.job import Standing
     from elastic_timer._server.loop import Loop
 
 logger = contained_logger(__name__)
@@ -95,9 +95,14 @@ class EpochClock:
 
 class _Worker:
     def __init__(self, pid: int, process: ProcessHandle | None) -> None:
+        # Not before: a process that only sends has no workers.
+        from elastic_timer._server.job import job_of, ranks
+
         # None: gone before it could be held, though it is claimed to run.
         self.process = process
-        self.rank, self.local_rank = ranks(environment_of(pid)) if pid > 0 else (None, None)
+        environment = environment_of(pid) if pid > 0 else {}
+        self.rank, self.local_rank = ranks(environment)
+        self.job = job_of(environment)
         self.watched_fd: int | None = None
         # How often it has entered each block.
         self.passes: dict[str, int] = {}
@@ -130,6 +135,8 @@ class Workers(Generic[_Request]):
     def __init__(self, loop: Loop) -> None:
         self.table: TimerTable[int, _Request] = TimerTable()
         self.clock = EpochClock()
+        # What its blocks take; None where nobody asks.
+        self.blocks: Blocks | None = None
         self._loop = loop
         self._workers: dict[int, _Worker] = {}
         # Processes whose exit no descriptor tells of, and which have to be asked.
@@ -176,21 +183,29 @@ class Workers(Generic[_Request]):
             The requests that counted.
         """
         counted = []
-        now = _clock.monotonic()
         with self._lock:
+            now, blocks = _clock.monotonic(), self.blocks
             for request in requests:
                 pid, scope = request.worker_id, request.scope_id
                 if request.expiration_time < 0:
                     self.table.release(pid, scope)
+                    if blocks is not None:
+                        blocks.released(pid, scope)
                     self._forget_idle_group(pid)
                 elif self._hold(pid, claims_to_run):
                     deadline = self.clock.to_monotonic(request.expiration_time)
+                    worker, block = self._workers[pid], block_of(scope)
                     if self.table.acquire(pid, scope, request, deadline, now):
-                        self._workers[pid].count_pass(block_of(scope))
+                        worker.count_pass(block)
+                    if blocks is not None:
+                        is_first = worker.passes.get(block) == 1
+                        blocks.acquired(pid, worker.rank, scope, is_first, deadline, now)
                 else:
                     logger.debug("Dropped a timer of worker %s, which is gone: %s", pid, scope)
                     continue
                 counted.append(request)
+            if blocks is not None:
+                blocks.settle(now)
         return counted
 
     def clear(self, pids: Iterable[int]) -> None:
@@ -198,6 +213,8 @@ class Workers(Generic[_Request]):
         with self._lock:
             for pid in pids:
                 self.table.clear(pid)
+                if self.blocks is not None:
+                    self.blocks.ended(pid)
                 self._forget_idle_group(pid)
 
     def drop(self, timers: Iterable[_Request]) -> None:
@@ -207,6 +224,31 @@ class Workers(Generic[_Request]):
                 if self.table.get((timer.worker_id, timer.scope_id)) is timer:
                     self.table.release(timer.worker_id, timer.scope_id)
                     self._forget_idle_group(timer.worker_id)
+
+    def measure(self) -> None:
+        """Count and time the blocks from now on."""
+        with self._lock:
+            if self.blocks is None:
+                self.blocks = Blocks()
+
+    def note_all_read(self, now: float) -> None:
+        """Take note that what was sent before `now`, in monotonic seconds, has been read."""
+        if self.blocks is not None:
+            self.blocks.note_all_read(now)
+
+    def measured(self) -> tuple[list[Mapping[str, object]], int]:
+        """What was measured, and how often blocks were entered that were too many for that."""
+        with self._lock:
+            return (
+                ([], 0) if self.blocks is None else (self.blocks.records(), self.blocks.unmeasured)
+            )
+
+    def count_expired(self, timers: Iterable[_Request]) -> None:
+        """Count the blocks whose timers have expired."""
+        with self._lock:
+            if self.blocks is not None:
+                for timer in timers:
+                    self.blocks.expired(timer.worker_id, timer.scope_id)
 
     def expired(self, epoch: float) -> dict[int, list[_Request]]:
         """The timers that have expired when the wall clock shows `epoch`, by worker."""
@@ -271,6 +313,38 @@ class Workers(Generic[_Request]):
         """How often a worker has entered each block; an acquire of a timer it holds is no entry."""
         worker = self._workers.get(pid)
         return {} if worker is None else worker.passes
+
+    def process(self, pid: int) -> ProcessHandle | None:
+        """The process of a worker; None for a group, and where it could not be held."""
+        worker = self._workers.get(pid)
+        return None if worker is None or pid < 0 else worker.process
+
+    def standings(self, pids: Iterable[int]) -> list[Standing]:
+        """Where workers are, and all others of their jobs; those without a job alone."""
+        with self._lock:
+            named = {pid: self._workers[pid] for pid in pids if pid in self._workers}
+            jobs = {worker.job for worker in named.values()} - {None}
+            others = self._workers.items() if jobs else ()
+            of_jobs = {pid: each for pid, each in others if each.job in jobs}
+            return [self._standing(pid, each) for pid, each in (named | of_jobs).items()]
+
+    def _standing(self, pid: int, worker: _Worker) -> Standing:
+        from elastic_timer._server.job import Standing
+
+        standing = Standing(pid, worker.rank, worker.local_rank, worker.job)
+        urgent = self.table.most_urgent(pid)
+        passes = dict(worker.passes)
+        if urgent is None:
+            return standing._replace(passes=passes)
+        scope, deadline, since = urgent
+        now = _clock.monotonic()
+        return standing._replace(
+            block=block_of(scope),
+            deadline=deadline,
+            seconds=now - since,
+            passes=passes,
+            expired=deadline <= now,
+        )
 
     def was_killed(self, pid: int) -> bool:
         """Whether the worker was sent SIGKILL: no more timers of it are accepted."""
@@ -382,6 +456,8 @@ class Workers(Generic[_Request]):
 
     def _release_process(self, pid: int) -> None:
         worker = self._workers.pop(pid)
+        if self.blocks is not None:
+            self.blocks.ended(pid)
         self._unwatched.discard(pid)
         self._unwatch(worker)
         if worker.process is not None:

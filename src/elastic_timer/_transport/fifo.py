@@ -1,4 +1,4 @@
-"""The server's end of a FIFO: made, read and removed, and nobody else's file touched."""
+"""The server's end of a FIFO: it is made, read and removed, and nobody else's file is touched."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ _R = TypeVar("_R")
 
 _READ_SIZE = 1 << 16
 
-# How much an ordinary round reads: as rubbish it takes some hundredths of a second, so that writers
-# that never pause do not keep the server from its deadlines. With much less a busy client would
-# keep the pipe full, and others would find no room in it.
+# So many bytes an ordinary round reads. Even if all of it is rubbish, that takes some hundredths of
+# a second, so writers that never pause do not keep the server from its deadlines. With much less a
+# busy client could keep the pipe full, and others would find no room in it.
 _ROUND_SIZE = CAPACITY // 2
 
-# How long to wait for other servers to be done with the folder, in seconds. They take less than a
-# millisecond; anybody who may read the folder could have it locked for ever.
+# How long to wait for another server's lock on the folder, in seconds. Servers hold it for less
+# than a millisecond, but anybody who may read the folder could hold it for ever.
 _FOLDER_PATIENCE = 1.0
-# While clients are served, their deadlines come first.
+# The same while clients are being served, whose deadlines come first.
 _MEND_PATIENCE = 0.05
 
 _IN_USE = "a timer server reads it already; stop that one, or give another path"
@@ -42,10 +42,11 @@ _MEDDLED_WITH = (
 
 
 class FifoSource(Generic[_R]):
-    """The requests that come through a FIFO, which is made here for its owner alone.
+    """The requests that come through a FIFO, which is made here and readable for its owner alone.
 
-    Of the servers that are given one path, the first to read the FIFO has it; the others are
-    refused. Used by one thread at a time. Whatever interrupts a method, `close` gives back all.
+    If several servers are given one path, the first to read the FIFO has it, and the others are
+    refused. To be used by one thread at a time. Whatever interrupted a method, `close` closes and
+    removes everything.
 
     Args:
         path: Where to make it. A FIFO that nobody reads is replaced, nothing else is.
@@ -67,9 +68,9 @@ class FifoSource(Generic[_R]):
         self._make_request = make_request
         # Absolute, or a later chdir() would make us remove a file somewhere else.
         self._path = os.path.abspath(path)
-        # Each of these lists is filled and emptied within one call into C: an interrupt can't come
-        # between what was made or opened and the note of it.
-        # The FIFO as it was when it was made here; empty before and behind that.
+        # Each of these three lists is filled and emptied within one call into C, so that no
+        # interrupt comes between making or opening something and noting it. The status of the FIFO
+        # made here, by which it is recognised; else empty.
         self._made: list[os.stat_result] = []
         # The reading end and the writing end.
         self._ends: list[int] = []
@@ -88,7 +89,7 @@ class FifoSource(Generic[_R]):
         """Open it, and make it anew where it is not in place.
 
         Args:
-            patience: How many seconds to wait for other servers to be done with the folder.
+            patience: How many seconds to wait for another server's lock on the folder.
 
         Returns:
             The descriptor to wait on.
@@ -98,7 +99,7 @@ class FifoSource(Generic[_R]):
                 server has begun to read it.
             PermissionError: Another user meddles with what lies there.
         """
-        # The end of a line that was begun in another FIFO does not come any more.
+        # A line that was begun in an earlier FIFO will not be continued in this one.
         self._lines = LineBuffer()
         before = len(self._ends)
         flags = os.O_NONBLOCK | os.O_NOFOLLOW
@@ -121,21 +122,22 @@ class FifoSource(Generic[_R]):
         return self.fileno()
 
     def drain(self, everything: bool = False) -> list[_R]:
-        """Take out requests that have arrived; never waits. Lines that are none are dropped.
+        """Take out the requests that have arrived, without waiting; other lines are dropped.
 
         Args:
-            everything: All that was written before the call. Else not more than a round can take
-                without being late for a deadline.
+            everything: Whether to read all that was written before the call, or no more than a
+                round can read without being late for a deadline.
         """
         data = bytearray()
         limit = CAPACITY if everything else _ROUND_SIZE
         with contextlib.suppress(BlockingIOError):
-            # It never ends, unless somebody closed our descriptor and its number was given anew.
+            # A read returns nothing only if somebody closed our descriptor, and its number was
+            # given to another file. With our own writing end open, the FIFO itself never ends.
             while len(data) < limit and (chunk := os.read(self.fileno(), _READ_SIZE)):
                 data += chunk
         self.has_read = self.has_read or bool(data)
         lines = self._lines.feed(bytes(data))
-        # Decoded one by one, all the short lines that a pipe holds would take seconds.
+        # Short lines are not decoded one by one: with as many as fit in a pipe that takes seconds.
         likely = [line for line in lines if len(line) >= SHORTEST_REQUEST]
         if len(likely) < len(lines):
             self._rubbish.add(min(lines, key=len), "too short", len(lines) - len(likely))
@@ -196,11 +198,11 @@ class FifoSource(Generic[_R]):
     def _locked_folder(self, patience: float) -> Iterator[None]:
         """Have what lies at the path looked at and changed by one server at a time.
 
-        It can't be had where the folder may not be read, where its file system has no locks, and
-        where somebody keeps it locked for longer than `patience` seconds. What follows is done all
-        the same: it then differs only for servers that start at the very same moment.
+        The lock can't be had if the folder may not be read, if its file system has no locks, or if
+        somebody holds it for longer than `patience` seconds. Then the body runs without it, which
+        makes a difference only to servers that start at the very same moment.
         """
-        import fcntl  # Windows has none; it is told so before.
+        import fcntl  # Not at the top: Windows has none, and is refused before it comes here.
 
         give_up_at = _clock.monotonic() + patience
         close_descriptors(self._folder)  # What is left of a call that was interrupted.

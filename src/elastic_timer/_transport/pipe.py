@@ -9,6 +9,7 @@ import os
 import select
 import signal as signals
 import stat
+import threading
 from collections.abc import Callable, Iterable
 
 try:
@@ -27,6 +28,24 @@ CAPACITY = 1 << 20
 # How long a client goes on trying to reach a server that is not there, or does not read, in
 # seconds.
 UNREACHABLE_AFTER = 1.0
+
+
+# Per thread: whether a client may wait for its server.
+_mode = threading.local()
+
+
+def at_once(request: Callable[..., object], *args: object) -> None:
+    """Have a client send a request without waiting for its server: it fails instead."""
+    _mode.waits = False
+    try:
+        request(*args)
+    finally:
+        _mode.waits = True
+
+
+def may_wait() -> bool:
+    """Whether a client may wait for its server now."""
+    return getattr(_mode, "waits", True)
 
 
 def enlarge(fd: int) -> None:

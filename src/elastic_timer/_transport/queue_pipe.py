@@ -1,9 +1,10 @@
 """The pipe inside a `multiprocessing.Queue`, read and written without its locks and its thread.
 
-`Queue.put` hands a request to a thread, which needs the GIL to send it, and which takes a lock
-that stays taken if the process is killed at that moment. The frames on the pipe are those of
-`multiprocessing.connection`: the length as a signed 32-bit integer in network order, then the
-pickle. What is too long for that has -1 there, and is no request.
+`Queue.put` leaves it to a thread to send a request. That thread needs the GIL, and it takes a lock
+that nobody can take any more if the process is killed at that moment.
+
+The frames on the pipe are those of `multiprocessing.connection`: the length as a signed 32-bit
+integer in network order, then the pickle. A longer pickle has -1 there and is no request.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from elastic_timer._transport.pipe import (
     enlarge,
     has_room,
     is_ready,
+    may_wait,
     too_large,
     write,
 )
@@ -41,7 +43,7 @@ _OPEN_FLAGS = os.O_WRONLY | getattr(os, "O_NONBLOCK", 0)
 
 _LENGTH = struct.Struct("!i")
 
-# What claims to be longer is no frame at all: waiting for its end could last for ever.
+# What claims to be longer is no frame: to wait for its end could take for ever.
 _LONGEST_FRAME = 1 << 24
 
 
@@ -61,7 +63,7 @@ class ReadablePipe(Protocol):
 
 
 class WritablePipe(Protocol):
-    """A `multiprocessing.Queue`: its semaphore counts the free places, `qsize` what they leave."""
+    """A `multiprocessing.Queue`, whose semaphore counts the free places; `qsize` goes by it."""
 
     _writer: _HasFileno
     _sem: _Semaphore
@@ -69,14 +71,14 @@ class WritablePipe(Protocol):
 
 
 def has_readable_pipe(queue: object) -> TypeGuard[ReadablePipe]:
-    """Whether requests can be read from the queue's pipe, as on POSIX they can."""
+    """Whether requests can be read from the queue's pipe; on POSIX they can."""
     return os.name == "posix" and hasattr(getattr(queue, "_reader", None), "fileno")
 
 
 def has_writable_pipe(queue: object) -> TypeGuard[WritablePipe]:
-    """Whether requests can be written to the queue's pipe directly, as on POSIX they can.
+    """Whether requests can be written to the queue's pipe directly; on POSIX they can.
 
-    A JoinableQueue counts its requests in a second place.
+    Not those of a JoinableQueue, which keeps a second count of its requests.
     """
     return (
         os.name == "posix"
@@ -94,11 +96,11 @@ class PipeWriter:
         self._queue = queue
         self._fd: int | None = None
         self._identity: tuple[int, int] | None = None
-        # Now, while the queue's descriptor is surely its own.
+        # Here, while the descriptor's number can't have been given to another file yet.
         self._check(queue._writer.fileno())
 
     def __reduce__(self) -> tuple[type[PipeWriter], tuple[WritablePipe]]:
-        # The descriptor is this process's own; the queue knows how to get to another.
+        # The descriptor means something in this process only. The queue can be sent to others.
         return PipeWriter, (self._queue,)
 
     def send(self, request: object) -> None:
@@ -115,11 +117,12 @@ class PipeWriter:
         frame = _LENGTH.pack(len(pickled)) + pickled
         if len(frame) > PIPE_BUF:
             raise too_large(frame)
-        give_up_at = monotonic() + UNREACHABLE_AFTER
+        patience = UNREACHABLE_AFTER if may_wait() else 0.0
+        give_up_at = monotonic() + patience
         sent: list[None] = []
-        # Before the request is there, as `put` does: or its reader could be ahead of the count.
-        # Taken by the unpacking, behind which no interrupt comes before `try`.
-        (is_free,) = map(self._queue._sem.acquire, (True,), (UNREACHABLE_AFTER,))
+        # Acquired before the request is sent, as `put` does, or the reader could release first. By
+        # the unpacking, since no interrupt comes between that and the `try`.
+        (is_free,) = map(self._queue._sem.acquire, (True,), (patience,))
         try:
             if not is_free:
                 raise _unread("the queue")
@@ -132,11 +135,11 @@ class PipeWriter:
     def _write(self, frame: bytes, give_up_at: float, sent: list[None]) -> None:
         while True:
             fd, may_block = self._open()
-            # Atomic up to PIPE_BUF (pipe(7)): no lock is needed between writers. Where the write
-            # may block, it does so only if another writer takes the room that was just seen.
+            # Atomic up to PIPE_BUF (pipe(7)), so writers need no lock. A descriptor that may block
+            # does so only if another writer takes the room that was seen a moment ago.
             if not may_block or has_room(fd, 0):
                 with contextlib.suppress(BlockingIOError):
-                    # Noted by C code alone: no interrupt comes between the write and that.
+                    # In one call into C: no interrupt comes between the write and the note of it.
                     sent.extend(map(write, (fd,), (frame,)))
                     return
             if not has_room(fd, give_up_at - monotonic()):
@@ -147,21 +150,21 @@ class PipeWriter:
         if self._fd is not None:
             self._check(self._fd)
             return self._fd, False
-        # Opened anew it is ours to make non-blocking; the one that the queue shares among
-        # processes is not. There has to be a /proc, and this user must own the pipe.
+        # Opened anew, since the queue shares its descriptor with other processes, which would find
+        # theirs non-blocking, too. This needs /proc, and the pipe must belong to this user.
         shared = self._queue._writer.fileno()
         self._check(shared)
         try:
             (self._fd,) = map(os.open, (f"/proc/self/fd/{shared}",), (_OPEN_FLAGS,))
         except OSError:
             return shared, True
-        # Not at exit: a daemon thread may still release its timers then.
+        # But not at the interpreter's exit, when daemon threads may still release their timers.
         self._finalizer = weakref.finalize(self, os.close, self._fd)
         self._finalizer.atexit = False
         return self._fd, False
 
     def _check(self, fd: int) -> None:
-        """Refuse a descriptor that is the queue's no more, as its number was given to others."""
+        """Raise OSError if the descriptor's number has been given to another file."""
         try:
             status = os.fstat(fd)
             identity = status.st_dev, status.st_ino
@@ -172,7 +175,7 @@ class PipeWriter:
             is_ours = False
         if not is_ours:
             if fd == self._fd:
-                # Whoever has the number now is not to find it closed.
+                # The number is somebody else's now, who is not to find it closed.
                 self._finalizer.detach()
                 self._fd = None
             raise OSError(
@@ -189,22 +192,23 @@ def _unread(what: str) -> BrokenPipeError:
 class PipeReader:
     """Cuts what is in a queue's pipe into pickles, without ever waiting for a writer.
 
-    To be used by one reader at a time: it reads ahead of what it has given out.
+    A queue can have one reader only, as it reads more from the pipe than it has given out.
     """
 
     def __init__(self, queue: ReadablePipe) -> None:
         self._queue = queue
         self._sem: Any = getattr(queue, "_sem", None)  # A SimpleQueue has none.
-        # None or one, which an interrupt can't take from between its opening and this list.
+        # Empty, or the one descriptor, opened and put here in one call into C: no interrupt comes
+        # in between.
         self._fds: list[int] = []
-        # Not at exit: that would come before the server is stopped, and pull it from under it.
+        # Not at the interpreter's exit, which would close it before the server is stopped.
         weakref.finalize(self, close_descriptors, self._fds).atexit = False
         self._buffer = bytearray()
 
     def fileno(self) -> int:
         """The descriptor that becomes readable when there are requests; opened if need be."""
         if not self._fds:
-            # Our own, or closing the queue would pull it from under the selector it is watched by.
+            # A copy, or closing the queue would close what a selector is waiting for.
             self._fds.extend(map(os.dup, [self._queue._reader.fileno()]))
             enlarge(self._fds[0])
         return self._fds[0]
@@ -221,10 +225,11 @@ class PipeReader:
             timeout: How many seconds to wait for the first one at most.
         """
         taken = self._cut(limit)
-        # Waited for, as the description is shared and a read has to stay blocking.
+        # Only after waiting: reads of this pipe block, as other processes share it and rely on
+        # that.
         if len(taken) < limit and is_ready(self.fileno(), select.POLLIN, 0 if taken else timeout):
-            # All that the pipe holds, in one read: a server that is killed between two of them
-            # would leave half a frame, and the next would take what follows for its other half.
+            # All that the pipe holds, in one read. A server killed between two reads would leave
+            # half a frame in the pipe, and the next server would take it for the begin of one.
             self._buffer += os.read(self.fileno(), CAPACITY)
             taken += self._cut(limit - len(taken))
         return taken
@@ -243,7 +248,7 @@ class PipeReader:
                 break
             end = start + length
             taken.append(bytes(self._buffer[start:end]))
-            # More frames than were counted: somebody wrote to the pipe without `put`.
+            # ValueError: somebody wrote to the pipe without acquiring the semaphore.
             with contextlib.suppress(AttributeError, ValueError):
                 self._sem.release()
         del self._buffer[:end]

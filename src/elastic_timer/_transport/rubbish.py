@@ -1,4 +1,4 @@
-"""What arrives and is no request: told in the log, and never enough of it to hold anything up."""
+"""What arrives and is no request: the log tells of it, but never so much that it costs time."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import logging
 
 from elastic_timer._clock import monotonic
 
-# How much of it is named, each with the reason, in a second. To warn of a line takes longer than
-# it took to write it.
+# So many pieces are named each second, with the reason. A warning takes longer than it took to
+# write the piece, so whoever writes rubbish without end would keep the server busy with warnings.
 _NAMED = 10
 
 
 class RubbishLog:
-    """Warns of the first rubbish of each second, and counts the rest.
+    """Logs the first pieces of rubbish of each second as warnings, and counts the rest.
 
     Args:
-        logger: Where to.
+        logger: Where the warnings go.
     """
 
     def __init__(self, logger: logging.Logger) -> None:
@@ -24,12 +24,12 @@ class RubbishLog:
         self._again_at = 0.0
 
     def add(self, what: object, reason: object, count: int = 1) -> None:
-        """Note some more.
+        """Note some more rubbish.
 
         Args:
             what: One piece of it.
-            reason: Why that is no request.
-            count: How many such pieces there are. All but the one are only counted.
+            reason: Why that piece is no request.
+            count: How many such pieces there are, `what` included; the others are only counted.
         """
         now = monotonic()
         if now >= self._again_at:

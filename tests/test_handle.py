@@ -1,0 +1,540 @@
+"""The handle of a block: what it asks for, when, and where it must not be used."""
+
+from __future__ import annotations
+
+import asyncio
+import datetime
+import functools
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, suppress
+from typing import Any
+
+import pytest
+
+from elastic_timer import TimerClient, current, expires
+from elastic_timer._worker import holds
+from elastic_timer._worker.handles import NEVER, Pause
+from tests.instructions import interrupt
+from tests.servers import Link
+from tests.support import FAR, Fork, eventually, running
+
+AFTER = 60.0
+
+
+class Table(TimerClient):
+    """Keeps the deadline of each scope, as a server does; raises what it is told to."""
+
+    def __init__(self) -> None:
+        self.deadlines: dict[str, float] = {}
+        self.acquired = 0
+        self.errors: list[BaseException] = []
+        self.before_acquire: Callable[[], object] = lambda: None
+
+    def acquire(self, scope_id: str, expiration_time: float) -> None:
+        self.before_acquire()
+        if self.errors:
+            raise self.errors.pop(0)
+        self.acquired += 1
+        self.deadlines[scope_id] = expiration_time
+
+    def release(self, scope_id: str) -> None:
+        if self.errors:
+            raise self.errors.pop(0)
+        self.deadlines.pop(scope_id, None)
+
+    def left(self, scope: str = "s") -> float:
+        """The seconds left of a scope's time."""
+        return self.deadlines[scope] - time.time()
+
+
+@pytest.fixture
+def table() -> Iterator[Table]:
+    """A table, in which nothing may be left at the end."""
+    made = Table()
+    yield made
+    assert made.deadlines == {}
+    assert holds.handles == {}
+    assert holds.owed == []
+
+
+def pass_time(timer: expires, seconds: float) -> None:
+    """Have so much of the time be over, for the client."""
+    hold = timer._hold
+    assert hold is not None
+    hold.quiet_until -= seconds
+    hold.expiration_time -= seconds
+
+
+def test_when(table: Table) -> None:
+    """The deadline is what the client was asked for."""
+    with expires(AFTER, "s", table) as timer:
+        assert timer.when() == table.deadlines["s"]
+        assert table.left() == pytest.approx(AFTER, abs=1)
+
+
+@pytest.mark.parametrize("after", [7200, datetime.timedelta(hours=2)])
+def test_reschedule(table: Table, after: Any) -> None:
+    """From now on so many seconds; a tick gives as much again."""
+    with expires(AFTER, "s", table) as timer:
+        timer.reschedule(after=after)
+        assert timer.when() == table.deadlines["s"]
+        assert table.left() == pytest.approx(7200, abs=1)
+        pass_time(timer, 1000)
+        table.deadlines["s"] -= 1000
+        timer.tick()
+        assert table.left() == pytest.approx(7200, abs=1)
+
+
+@pytest.mark.parametrize("after", [-1, math.nan, math.inf])
+def test_reschedule_refuses_what_is_no_time(table: Table, after: float) -> None:
+    """A mistake changes nothing."""
+    with expires(AFTER, "s", table) as timer:
+        with pytest.raises(ValueError, match="after must"):
+            timer.reschedule(after)
+        with pytest.raises(TypeError, match="after must"):
+            timer.reschedule("soon")  # type: ignore[arg-type]
+        assert table.acquired == 1
+
+
+def test_tick_is_sent_once_in_a_tenth(table: Table) -> None:
+    """Before a tenth of the time is over, nothing is sent; behind it once, with the full time."""
+    with expires(AFTER, "s", table) as timer:
+        timer.tick()
+        pass_time(timer, AFTER / 10 - 1)
+        timer.tick()
+        assert table.acquired == 1
+        pass_time(timer, 1)
+        for _ in range(3):
+            timer.tick()
+        assert table.acquired == 2
+        assert table.left() == pytest.approx(AFTER, abs=1)
+        assert timer.when() == table.deadlines["s"]
+
+
+def test_tick_of_no_time_at_all(table: Table) -> None:
+    """A tenth of nothing is always over."""
+    with expires(0, "s", table) as timer:
+        timer.tick()
+        assert table.acquired == 2
+
+
+def test_pause(table: Table) -> None:
+    """No deadline within, and behind it as much time as was left before."""
+    with expires(AFTER, "s", table) as timer:
+        pass_time(timer, 20)
+        with timer.paused():
+            assert table.deadlines["s"] == NEVER
+            assert timer.when() == math.inf
+        assert table.left() == pytest.approx(AFTER - 20, abs=1)
+        assert timer.when() == table.deadlines["s"]
+        timer.tick()
+        assert table.left() == pytest.approx(AFTER, abs=1)
+
+
+def test_nested_and_overlapping_pauses(table: Table) -> None:
+    """The time begins to run again when the last one ends, in whatever order they do."""
+    with expires(AFTER, "s", table) as timer:
+        with timer.paused(), timer.paused():
+            pass
+        assert table.acquired == 3
+        stack = ExitStack()
+        stack.enter_context(timer.paused())
+        with timer.paused():
+            stack.close()
+            assert table.deadlines["s"] == NEVER
+        assert table.left() == pytest.approx(AFTER, abs=1)
+        pause = timer.paused()
+        with pause, pause:
+            pass
+        assert table.left() == pytest.approx(AFTER, abs=1)
+
+
+def test_exception_within_a_pause(table: Table) -> None:
+    """It passes through, and the block has its deadline again."""
+    with expires(AFTER, "s", table) as timer:
+        with pytest.raises(LookupError), timer.paused():
+            raise LookupError
+        assert table.left() == pytest.approx(AFTER, abs=1)
+
+
+def test_tick_and_reschedule_within_a_pause(table: Table) -> None:
+    """Both say what is left behind it; within it there is no deadline."""
+    with expires(AFTER, "s", table) as timer:
+        pass_time(timer, 50)
+        with timer.paused():
+            timer.tick()
+            assert table.deadlines["s"] == NEVER
+        assert table.left() == pytest.approx(AFTER, abs=1)
+        with timer.paused():
+            timer.reschedule(300)
+            assert table.deadlines["s"] == NEVER
+        assert table.left() == pytest.approx(300, abs=1)
+
+
+def test_pause_that_is_left_with_its_block(table: Table) -> None:
+    """Where the block is left first, the pause's end arms nothing."""
+    stack = ExitStack()
+    with expires(AFTER, "s", table) as timer:
+        stack.enter_context(timer.paused())
+    stack.close()
+    assert table.acquired == 2
+
+
+def test_requests_that_fail(table: Table, caplog: pytest.LogCaptureFixture) -> None:
+    """Each raises, and leaves the block with a deadline that the next tick renews."""
+    with expires(AFTER, "s", table) as timer:
+        before = timer.when()
+        table.errors = [BrokenPipeError("1")]
+        with pytest.raises(BrokenPipeError, match="1"):
+            timer.reschedule(600)
+        assert timer.when() == before
+        table.errors = [BrokenPipeError("2")]
+        with pytest.raises(BrokenPipeError, match="2"), timer.paused():
+            pytest.fail("entered")
+        assert table.deadlines["s"] == before
+        with pytest.raises(BrokenPipeError, match="3"), timer.paused():
+            table.errors = [BrokenPipeError("3")]
+        timer.tick()
+        assert table.left() == pytest.approx(AFTER, abs=1)
+        with pytest.raises(LookupError), timer.paused():
+            _fail_in(table)
+        assert "could not be resumed" in caplog.text
+        timer.tick()
+        assert table.left() == pytest.approx(AFTER, abs=1)
+
+
+def _fail_in(table: Table) -> None:
+    table.errors = [BrokenPipeError("4")]
+    raise LookupError
+
+
+def test_owed_releases_precede_what_a_handle_sends(table: Table) -> None:
+    """What failed before is sent first, as before every request."""
+    with expires(AFTER, "s", table) as timer:
+        with pytest.raises(BrokenPipeError), expires(AFTER, "owed", table):
+            table.errors = [BrokenPipeError()]
+        assert set(table.deadlines) == {"s", "owed"}
+        timer.reschedule(AFTER)
+        assert set(table.deadlines) == {"s"}
+
+
+def test_outside_of_the_block(table: Table) -> None:
+    """Before it and behind it each method is an error that says where to call it."""
+    block = expires(AFTER, "s", table)
+    for _ in range(2):
+        for call in (block.when, lambda: block.reschedule(1), block.tick, block.paused):
+            with pytest.raises(RuntimeError, match="within the block"):
+                call()
+        with block:
+            block.tick()
+            late = block.paused()
+        with pytest.raises(RuntimeError, match="within the block"), late:
+            pytest.fail("entered")
+    block = expires(AFTER, "s", table)
+    table.errors = [BrokenPipeError()]
+    with pytest.raises(BrokenPipeError), block:
+        pytest.fail("entered")
+    with pytest.raises(RuntimeError, match="within the block"):
+        block.tick()
+
+
+# current() ---------------------------------------------------------------------------------------
+
+
+def test_current_is_the_innermost(table: Table) -> None:
+    """Nested, recursive, decorated, behind a block that failed: always the one that one is in."""
+
+    @expires(AFTER, "f", table)
+    def descend(depth: int) -> list[expires]:
+        return [current(), *(descend(depth - 1) if depth else []), current()]
+
+    with expires(AFTER, "outer", table) as outer:
+        with expires(AFTER, "inner", table) as inner:
+            assert current() is inner
+        assert current() is outer
+        blocks = descend(2)
+        assert blocks == [*blocks[:3], *reversed(blocks[:3])]
+        assert len({id(block) for block in blocks}) == 3
+        table.errors = [BrokenPipeError()]
+        with pytest.raises(BrokenPipeError), expires(AFTER, "failed", table):
+            pytest.fail("entered")
+        assert current() is outer
+        current().reschedule(600)
+        assert table.left("outer") == pytest.approx(600, abs=1)
+    with pytest.raises(RuntimeError, match=r"with expires"):
+        current()
+
+
+def test_current_of_a_block_that_was_entered_by_a_call(table: Table) -> None:
+    """An exit stack's, too; a block that was dropped is none."""
+    with ExitStack() as stack:
+        block = stack.enter_context(expires(AFTER, "s", table))
+        assert current() is block
+    other: list[expires] = [expires(AFTER, "t", table)]
+    other[0].__enter__()
+    assert current() is other[0]
+    other.clear()
+    del block
+    with pytest.raises(RuntimeError):
+        current()
+
+
+def test_current_with_generators_that_take_turns(table: Table) -> None:
+    """Whoever left his block is skipped, however many there were: the chain of them stays short."""
+
+    def generate() -> Generator[None, None, None]:
+        with expires(AFTER, client=table):
+            yield
+
+    with expires(AFTER, "s", table) as timer:
+        last = generate()
+        next(last)
+        for _ in range(50):
+            following = generate()
+            next(following)
+            last.close()
+            last = following
+        hold, length = holds.get_innermost(), 0
+        while hold is not None:
+            hold, length = hold.outer, length + 1
+        assert length <= 4
+        last.close()
+        assert current() is timer
+
+
+def test_threads_are_told_apart(table: Table) -> None:
+    """Another thread is in no block of this one, and may use its handle if it is given that."""
+    told: list[object] = []
+
+    def work(timer: expires) -> None:
+        try:
+            current()
+        except RuntimeError as error:
+            told.append(error)
+        timer.reschedule(600)
+
+    with expires(AFTER, "s", table) as timer:
+        thread = threading.Thread(target=work, args=(timer,))
+        thread.start()
+        thread.join()
+        assert table.left() == pytest.approx(600, abs=1)
+    assert len(told) == 1
+
+
+def test_tasks_are_told_apart(table: Table) -> None:
+    """Each task has its own block; one that is started within a block is in that, till its end."""
+
+    async def child(go_on: asyncio.Event) -> tuple[expires, bool]:
+        inherited = current()
+        async with expires(AFTER, client=table) as own:
+            await go_on.wait()
+            return inherited, current() is own
+
+    async def main() -> None:
+        go_on = asyncio.Event()
+        async with expires(AFTER, "s", table) as timer:
+            tasks = [asyncio.ensure_future(child(go_on)) for _ in range(2)]
+            await asyncio.sleep(0)
+            assert current() is timer
+            assert len(table.deadlines) == 3
+            go_on.set()
+            assert await asyncio.gather(*tasks) == [(timer, True)] * 2
+            timer.reschedule(600)
+            assert table.left() == pytest.approx(600, abs=1)
+        with pytest.raises(RuntimeError):
+            current()
+
+    asyncio.run(main())
+
+
+def test_decorated_coroutine_function(table: Table) -> None:
+    """Below it `current()` is its call's."""
+
+    @expires(AFTER, "c", table)
+    async def work() -> None:
+        await asyncio.sleep(0)
+        current().reschedule(600)
+        assert table.left("c") == pytest.approx(600, abs=1)
+
+    asyncio.run(work())
+
+
+# No timer is armed behind the block ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_request_of_another_thread_comes_before_the_release(table: Table, is_async: bool) -> None:
+    """A block that is left while another thread sends waits for that."""
+    entered, go_on = threading.Event(), threading.Event()
+    timers: list[expires] = []
+
+    def wait() -> None:
+        entered.set()
+        go_on.wait(20)
+
+    def send() -> None:
+        table.before_acquire = wait
+        timers[0].reschedule(600)
+
+    thread = threading.Thread(target=send)
+
+    def body() -> None:
+        thread.start()
+        assert entered.wait(20)
+        threading.Timer(0.05, go_on.set).start()
+
+    async def main() -> None:
+        async with expires(AFTER, "s", table) as timer:
+            timers.append(timer)
+            body()
+
+    if is_async:
+        asyncio.run(main())
+    else:
+        with expires(AFTER, "s", table) as timer:
+            timers.append(timer)
+            body()
+    assert table.deadlines == {}
+    thread.join()
+    assert table.deadlines == {}
+
+
+def test_handle_used_while_its_block_is_being_left(table: Table) -> None:
+    """What a signal handler does in the middle of the exit is an error, and arms nothing."""
+    with expires(AFTER, "s", table) as timer:
+        hold = timer._hold
+        assert hold is not None
+        handle = holds.handles.setdefault(hold, _handle(timer))
+        hold.full = None  # As the exit does first.
+        with pytest.raises(RuntimeError, match="within the block"):
+            handle.extend(600)
+        assert holds.handles == {}
+        hold.full = AFTER
+
+
+def _handle(timer: expires) -> Any:
+    timer.reschedule(AFTER)
+    assert timer._hold is not None
+    return holds.handles[timer._hold]
+
+
+def test_interrupted_anywhere() -> None:
+    """At whatever instruction an interrupt comes, nothing is armed behind the block."""
+    table = Table()
+
+    def block() -> None:
+        with expires(AFTER, "s", table) as timer:
+            timer.reschedule(600)
+            with timer.paused():
+                pass
+
+    at = 1
+    while interrupt(block, at, "api.py", "handles.py"):
+        assert table.deadlines == {}, at
+        assert holds.handles == {}, at
+        at += 1
+    assert at > 200
+
+
+def test_pause_interrupted_anywhere() -> None:
+    """At whatever instruction an interrupt comes, the block has its deadline behind the pause."""
+    table = Table()
+
+    def pause(timer: expires) -> None:
+        with timer.paused():
+            pass
+
+    at = 1
+    with expires(AFTER, "s", table) as timer:
+        while interrupt(functools.partial(pause, timer), at, "handles.py"):
+            assert table.left() == pytest.approx(AFTER, abs=5), at
+            at += 1
+    assert at > 100
+    assert table.deadlines == {}
+
+
+def test_end_of_a_pause_that_is_interrupted_again_and_again(
+    table: Table, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its resuming is tried again; where it fails in the end, the next tick tries again."""
+    for errors in ([KeyboardInterrupt()] * 3, [KeyboardInterrupt(), OSError("away")]):
+        with expires(AFTER, "s", table) as timer:
+            with pytest.raises(KeyboardInterrupt), timer.paused():
+                table.errors = list(errors)
+            timer.tick()
+            assert table.left() == pytest.approx(AFTER, abs=1)
+
+
+def test_pause_is_a_plain_context_manager_to_those_who_look_at_its_class() -> None:
+    """Exit stacks look the method up there."""
+    assert callable(Pause.__exit__)
+
+
+# Forks -------------------------------------------------------------------------------------------
+
+
+def misuse_in_a_fork(channel: Any, timer: expires, table: Table) -> None:
+    """In a forked child: what the parent's handle says, and what a block of its own does."""
+    told = []
+    for call in (timer.when, timer.tick, lambda: timer.reschedule(1), timer.paused, current):
+        try:
+            call()
+        except RuntimeError as error:
+            told.append(str(error))
+    with expires(AFTER, "own", table) as own:
+        own.reschedule(600)
+        assert current() is own
+    with suppress(RuntimeError):
+        current()
+        told.append("in a block")
+    channel.send((told, table.acquired))
+
+
+def test_forked_child(table: Table, fork_worker: Fork) -> None:
+    """A child does not hold its parent's timer: the handle is an error, and sends nothing."""
+    with expires(AFTER, "s", table) as timer:
+        timer.reschedule(AFTER)
+        told, acquired = fork_worker(misuse_in_a_fork, timer, table).receive()
+        assert acquired == table.acquired + 2
+        assert len(told) == 5
+        assert all("forked" in text for text in told[:4])
+        assert "in no block of this process" in told[4]
+        timer.reschedule(AFTER)
+        pid = os.fork()
+        if pid == 0:  # A child that leaves the block of its parent.
+            timer.__exit__(None, None, None)
+            os._exit(len(holds.handles))
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+# Over a server -----------------------------------------------------------------------------------
+
+
+def extend_then_overrun(channel: Any, client: TimerClient) -> None:
+    """A worker that lives on by its handle, longer than its `after`, and then hangs."""
+    with expires(after=0.4, scope="s", client=client) as timer:
+        end = time.monotonic() + 1
+        while time.monotonic() < end:
+            timer.tick()
+            time.sleep(0.01)
+        with timer.paused():
+            time.sleep(0.6)
+        timer.reschedule(1)
+        time.sleep(0.6)
+        timer.reschedule(0.4)
+        channel.send(time.monotonic() + 0.4)
+        time.sleep(FAR)
+
+
+def test_worker_lives_as_long_as_its_handle_asks(link: Link, fork_worker: Fork) -> None:
+    """Over either kind of server: none of it ends the worker before its last deadline."""
+    with running(link.server()) as server:
+        worker = fork_worker(extend_then_overrun, link.client)
+        deadline = worker.receive()
+        assert worker.wait() == -9
+        assert time.monotonic() >= deadline - 0.001
+        eventually(lambda: not server._timers)

@@ -1,0 +1,539 @@
+"""Who hangs a job: the rules, from records of what its ranks were doing to suspects and text."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from elastic_timer._evidence.picture import (
+    Answer,
+    Member,
+    describe,
+    fold_ranks,
+    who_hangs,
+)
+from tests.picture_support import (
+    BARRIER,
+    LOADS,
+    MAIN,
+    WAITS,
+    member,
+    picture,
+    recorded,
+    thread,
+)
+
+HANGS = ("step (train.py:50)",)
+BLOCK = "/home/me/train.py#86"
+
+
+def ask(*members: Member, **job: Any) -> Answer:
+    """The answer for one picture."""
+    return who_hangs([picture(members, **job)])
+
+
+def waiting(*ranks: int, **changes: Any) -> list[Member]:
+    """Ranks that wait in the same collective."""
+    return [member(rank, *WAITS, **changes) for rank in ranks]
+
+
+# The rules ----------------------------------------------------------------------------------------
+
+
+def test_example_of_the_documentation() -> None:
+    """Eight ranks on two hosts, one of them in its loader: who, why, and where."""
+    stuck = member(3, *LOADS, scope="/home/me/data.py#70", seconds=61.24, pid=25724)
+    stuck["passes"] = {"/home/me/data.py#70": 1200, BLOCK: 1201}
+    others = waiting(0, 1, 2, 4, 5, 6, 7, passes={"/home/me/data.py#70": 1201, BLOCK: 1201})
+    text = describe(ask(stuck, *others))
+    loads, waits = (
+        "load (data.py:41) < __next__ (data.py:77) < main (train.py:71)",
+        ("all_reduce (distributed_c10d.py:2950) < step (train.py:88) < main (train.py:71)"),
+    )
+    assert text.splitlines() == [
+        "8 ranks on 2 hosts, 2 groups of stacks",
+        "suspect: rank 3 (node-0, pid 25724), the only one that does not wait in a collective",
+        f"  rank 3         {loads:{len(waits)}}   in data.py#70, pass 1200, 61.2 s",
+        f"  ranks 0-2,4-7  {waits}   in train.py#86, pass 1201, 60.0 s",
+        "rank 3 (node-0, pid 25724, state S):",
+        "  thread MainThread (idle):",
+        '    File "/home/me/train.py", line 99, in <module>',
+        '    File "/home/me/train.py", line 71, in main',
+        '    File "/home/me/data.py", line 77, in __next__',
+        '    File "/home/me/data.py", line 41, in load',
+    ]
+
+
+def test_behind() -> None:
+    """A rank that has not reached the pass of the others, though it waits as they do."""
+    answer = ask(*waiting(0, 1, 2, 4), *waiting(3, passes={BLOCK: 6}))
+    assert answer["suspected"] == [3]
+    assert answer["reasons"] == ["behind: pass 6 of train.py#86, where the others are in pass 7"]
+
+
+def test_block_that_most_are_in() -> None:
+    """Passes of another one, which is a rank's own, tell nothing."""
+    others = waiting(1, 2, 3, passes={BLOCK: 7, "b": 2})
+    first = waiting(0, passes={BLOCK: 7, "b": 1})
+    answer = ask(*first, *others, *waiting(4, scope="b", passes={BLOCK: 6, "b": 2}))
+    assert answer["suspected"] == [4]
+
+
+def test_block_of_other_hosts() -> None:
+    """How often a rank has entered it is not known where nobody on its host is in it."""
+    elsewhere = {"scope": "/home/me/data.py#70", "passes": {"/home/me/data.py#70": 7}}
+    answer = ask(*waiting(*range(9)), *(member(rank, *LOADS, **elsewhere) for rank in (12, 13)))
+    assert answer["suspected"] == [12, 13]
+    assert answer["reasons"] == ["the only ones that do not wait in a collective"]
+    # Where one is, it is known of the others that they are not.
+    answer = ask(*waiting(*range(9), 14), *(member(rank, *LOADS, **elsewhere) for rank in (12, 13)))
+    assert answer["reasons"][0].startswith("not in train.py#86 at all")
+
+
+def test_as_many_behind_as_not() -> None:
+    """Neither are the odd ones; of as many in one pass as in another the later one is the usual."""
+    behind = waiting(0, 1, passes={BLOCK: 6})
+    assert ask(*behind, *waiting(2, 3))["suspected"] == []
+    outside = waiting(4, scope=None)
+    assert ask(*behind, *waiting(2, 3), *outside)["suspected"] == [0, 1]
+
+
+def test_not_in_the_block_at_all() -> None:
+    """A rank that has never entered the block that the others are in."""
+    answer = ask(*waiting(0, 1, 2), member(3, *HANGS, scope=None, passes={}, seconds=None))
+    assert answer["suspected"] == [3]
+    assert answer["reasons"] == [
+        "not in train.py#86 at all, where the others are in pass 7",
+        "the only one that does not wait in a collective",
+    ]
+    assert "in no block" in describe(answer)
+
+
+def test_a_copy_of_the_program_on_each_host() -> None:
+    """Its blocks are the same, whatever the folder is."""
+    copies = [
+        member(
+            rank, *WAITS, scope=f"/tmp/{rank}/train.py#86", passes={f"/tmp/{rank}/train.py#86": 7}
+        )
+        for rank in range(4)
+    ]
+    copies[2]["passes"] = {"/tmp/2/train.py#86": 5}
+    assert ask(*copies)["suspected"] == [2]
+
+
+def test_left_the_block() -> None:
+    """A rank that came as far as the others and has left them behind, where they wait for it."""
+    outside = {"scope": None, "seconds": None}
+    answer = ask(*waiting(0, 1, 2), member(3, *HANGS, **outside))
+    assert answer["suspected"] == [3]
+    assert answer["reasons"][0] == "not in train.py#86, where the others are"
+
+
+def test_waits_outside_of_the_block() -> None:
+    """It waits for the one that hangs, as the others do."""
+    outside = member(4, *BARRIER, scope=None)
+    assert ask(*waiting(0, 1, 2), member(3, *HANGS), outside)["suspected"] == [3]
+
+
+def test_ahead_of_those_that_hang() -> None:
+    """Most are stuck, and those who wait for them in the next block are nobody's suspects."""
+    stuck = [member(rank, *LOADS) for rank in range(5)]
+    ahead = waiting(5, 6, 7, scope="/home/me/train.py#95", passes={BLOCK: 7})
+    answer = ask(*stuck, *ahead)
+    assert answer["suspected"] == [0, 1, 2, 3, 4]
+    assert answer["reasons"] == ["the only ones that do not wait in a collective"]
+    # Nor are those who compute outside, where nobody is known to wait for them.
+    computing = [member(rank, "forward (net.py:9)", scope=None) for rank in (5, 6)]
+    reasons = ask(*stuck, *computing)["reasons"]
+    assert reasons == ["elsewhere than 5 of the 7 ranks"]
+
+
+def test_without_stacks() -> None:
+    """Passes and blocks tell as much as they can."""
+    outside = member(3, scope=None, seconds=None)
+    assert ask(*(member(rank) for rank in range(3)), outside)["suspected"] == [3]
+    answer = ask(*(member(rank) for rank in range(4)))
+    assert answer["reasons"] == ["no suspect: there are no stacks"]
+    assert "ranks 0-3  no stacks: switched off   in train.py#86" in describe(answer)
+    nowhere = [member(rank, scope=None) for rank in range(4)]
+    assert ask(*nowhere)["suspected"] == []
+
+
+def test_victims_of_one_that_is_behind() -> None:
+    """In a pipeline those who wait for the one that hangs are behind with it."""
+    behind = {"passes": {BLOCK: 6}}
+    answer = ask(*waiting(0, 1, 2, 3, 4), *waiting(5, **behind), member(6, *HANGS, **behind))
+    assert answer["suspected"] == [6]
+    assert len(answer["reasons"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("state", "reason"),
+    [
+        ("T", "stopped (state T)"),
+        ("t", "stopped by a debugger (state t)"),
+        ("D", "stuck in the kernel (state D)"),
+        ("Z", "ended (state Z)"),
+    ],
+)
+def test_stopped(state: str, reason: str) -> None:
+    """Stopped in the very collective in which the others wait; also where there are but two."""
+    for ranks in (2, 5):
+        answer = ask(*waiting(*range(1, ranks)), *waiting(0, state=state))
+        assert answer["suspected"] == [0]
+        assert answer["reasons"] == [reason]
+    assert ask(*waiting(0, 1, 2, state=state))["suspected"] == []
+
+
+def test_stopped_where_others_wait() -> None:
+    """One that is stopped is no victim, wherever that was."""
+    answer = ask(*waiting(0, 1, 2), *waiting(3, state="T"), member(4, *HANGS, state="T"))
+    assert answer["suspected"] == [3, 4]
+    assert answer["reasons"] == ["stopped (state T)"]
+
+
+def test_not_waiting() -> None:
+    """Those who let the others wait, however many they are."""
+    assert ask(*waiting(0, 1, 2), member(3, *HANGS))["suspected"] == [3]
+    assert ask(*waiting(0), *(member(rank, *HANGS) for rank in (1, 2, 3)))["suspected"] == [1, 2, 3]
+
+
+def test_two_ranks() -> None:
+    """What one waits for is what the other does not do; neither is fewer, nor behind."""
+    assert ask(*waiting(1), member(0, *HANGS, passes={BLOCK: 6}))["suspected"] == [0]
+    assert ask(*waiting(1, passes={BLOCK: 6}), member(0, *HANGS))["suspected"] == [0]
+    assert ask(*waiting(1, state="T"), member(0, *HANGS))["suspected"] == [0]
+    answer = ask(*waiting(0), member(1, *BARRIER))
+    assert answer["suspected"] == []
+    assert answer["reasons"] == ["no suspect: as many ranks are at one place as at another"]
+
+
+def test_another_collective() -> None:
+    """The smaller group is told, and where both are of equal right, none."""
+    answer = ask(*waiting(0, 1, 2), member(3, *BARRIER))
+    assert answer["suspected"] == [3]
+    assert answer["reasons"] == ["in another collective than 3 of the 4 ranks"]
+    answer = ask(*waiting(0, 1), member(2, *BARRIER), member(3, *BARRIER))
+    assert answer["suspected"] == []
+    # Three groups, none of which has more than half.
+    three = [member(4, *HANGS), member(5, *HANGS)]
+    answer = ask(*(member(rank, *LOADS) for rank in (0, 1, 2)), *three, member(3, *MAIN))
+    assert answer["suspected"] == []
+
+
+def test_smaller_group() -> None:
+    """Where nobody waits in a collective that is known as one, the others are elsewhere."""
+    answer = ask(*(member(rank, "step (train.py:92)") for rank in range(4)), member(4, *LOADS))
+    assert answer["suspected"] == [4]
+    assert answer["reasons"] == ["elsewhere than 4 of the 5 ranks"]
+
+
+def test_helper_called_from_elsewhere() -> None:
+    """All are in one helper, and one has called it in another place."""
+    helper = (*WAITS[:2], "reduce (helper.py:9)")
+    others = [member(rank, *helper, "step (train.py:88)") for rank in (0, 1, 2)]
+    answer = ask(*others, member(3, *helper, "step (train.py:95)"))
+    assert answer["suspected"] == [3]
+    assert answer["reasons"] == ["called from elsewhere than 3 of the 4 ranks"]
+    assert [group["ranks"] for group in answer["groups"]] == [[3], [0, 1, 2]]
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+def test_first_rank_may_have_a_way_of_its_own(rank: int) -> None:
+    """The first rank, of all or of its host, prints and saves, and waits with the others."""
+    others = waiting(*(other for other in range(6) if other != rank))
+    first = member(rank, *WAITS, "with_progress_bar (train.py:60)")
+    answer = ask(*others, first)
+    assert answer["suspected"] == []
+    assert answer["reasons"] == ["no suspect: all ranks are at the same place"]
+
+
+def test_all_at_the_same_place() -> None:
+    """Nobody is named, though of some there are no stacks."""
+    answer = ask(*waiting(0, 1, 2, 3))
+    assert answer["suspects"] == []
+    assert answer["reasons"] == ["no suspect: all ranks are at the same place"]
+    assert describe(answer).splitlines()[:2] == [
+        "4 ranks on 1 host, 1 group of stacks",
+        "no suspect: all ranks are at the same place",
+    ]
+    answer = ask(*waiting(0, 1, 2), member(3))
+    assert answer["suspects"] == []
+    assert answer["reasons"] == [
+        "no suspect: all ranks of which there are stacks are at the same place"
+    ]
+
+
+def test_polling_in_a_library() -> None:
+    """Ranks in one call of a library's are at one place, wherever in it they were met."""
+    torch = "/opt/venv/lib/python3.11/site-packages/torch/distributed/distributed_c10d.py"
+    inside = [(), (f"_poll ({torch}:9)",), (f"_poll ({torch}:11)", f"_loop ({torch}:7)")]
+    outside = (f"barrier ({torch}:5356)", "step (train.py:90)")
+    answer = ask(*(member(rank, *inner, *outside) for rank, inner in enumerate(inside)))
+    assert [group["ranks"] for group in answer["groups"]] == [[0, 1, 2]]
+
+
+# What is not known --------------------------------------------------------------------------------
+
+
+def test_others_on_other_hosts() -> None:
+    """Where all ranks here wait and there are more, the suspect is elsewhere."""
+    answer = ask(*waiting(*range(8)), world_size=16)
+    assert answer["missing"] == list(range(8, 16))
+    assert answer["suspected"] == []
+    assert answer["reasons"] == [
+        "all 8 ranks here wait in a collective; the suspect is on another host: "
+        "elastic-timer report EVENTS..."
+    ]
+    [only] = ask(*waiting(0), world_size=2)["reasons"]
+    assert only.startswith("the only rank here waits in a collective; the suspect is on another")
+
+
+@pytest.mark.parametrize(
+    ("known", "world_size", "absent"),
+    [
+        ([0, 1, 2], 4, [3]),  # Too few for another host.
+        ([4, 5, 7], 16, [6]),  # One between those of this host.
+        ([0, 1, 2, 3], 8, []),
+    ],
+)
+def test_rank_that_no_server_knows(known: list[int], world_size: int, absent: list[int]) -> None:
+    """One that must be here and has never sent anything is the suspect."""
+    answer = ask(*waiting(*known), world_size=world_size)
+    assert answer["suspected"] == absent
+    assert answer["suspects"] == []
+    if absent:
+        assert describe(answer).splitlines()[1] == (
+            f"suspect: rank {absent[0]}, which should be here and has entered no block; "
+            f"all {len(known)} ranks here wait in a collective"
+        )
+
+
+def test_ranks_of_a_host_that_do_not_follow_each_other() -> None:
+    """Without local ranks, or with ranks dealt out in turn, nothing is concluded from a gap."""
+    alone = waiting(0, 2, local_rank=None)
+    assert ask(*alone, world_size=8)["suspected"] == []
+    dealt = [*waiting(0, local_rank=0), *waiting(2, local_rank=1)]
+    assert ask(*dealt, world_size=8)["suspected"] == []
+
+
+def test_offline_all_is_known() -> None:
+    """No file tells of them, so they are the suspects."""
+    answer = who_hangs([picture(waiting(0, 1, 2, 3), world_size=8)], offline=True)
+    assert answer["suspected"] == [4, 5, 6, 7]
+    lines = describe(answer, missing="no file tells of").splitlines()
+    assert lines[1] == (
+        "suspects: ranks 4-7, of which no file tells; "
+        "all 4 ranks that are known wait in a collective"
+    )
+    assert lines[3] == "  no file tells of ranks 4-7"
+    [only] = who_hangs([picture(waiting(0), world_size=2)], offline=True)["reasons"]
+    assert only.endswith("the only rank that is known waits in a collective")
+    # Somebody who is known not to wait is a better suspect.
+    seen = [picture([*waiting(0, 1, 2), member(3, *HANGS)], world_size=8)]
+    assert who_hangs(seen, offline=True)["suspected"] == [3]
+
+
+def test_nobody() -> None:
+    """A picture of nobody is no answer; a world of any size uses little memory."""
+    with pytest.raises(ValueError, match="no members"):
+        who_hangs([picture([])])
+    assert len(ask(*waiting(0), world_size=1 << 60)["missing"]) < 1 << 21
+
+
+def test_two_pictures_of_one_host() -> None:
+    """The first one counts, but for the stacks where it has none."""
+    early = picture([*waiting(0, 1), member(2, state="D")])
+    late = picture([*waiting(0, 1, passes={BLOCK: 9}), member(2, *HANGS, state="S")])
+    answer = who_hangs([early, late])
+    assert [group["passes"] for group in answer["groups"]] == [[7], [7]]
+    [suspect] = answer["suspects"]
+    assert suspect["rank"] == 2
+    assert suspect["state"] == "D"
+    assert suspect["stacks"] is not None
+    assert suspect["stacks_missing"] is None
+
+
+# Text ---------------------------------------------------------------------------------------------
+
+
+def test_several_suspects() -> None:
+    """Each with its host and pid while there are few; one of each group is shown."""
+    few = ask(*waiting(0, 1, 2, 3, 4), member(5, *HANGS), member(6, *HANGS))
+    lines = describe(few).splitlines()
+    assert lines[1] == (
+        "suspects: rank 5 (node-1, pid 4005), rank 6 (node-1, pid 4006), "
+        "the only ones that do not wait in a collective"
+    )
+    assert [line for line in lines if line.startswith("rank")] == [
+        "rank 5 (node-1, pid 4005, state S):"
+    ]
+    many = ask(*waiting(*range(20)), *(member(rank, *HANGS) for rank in range(20, 40)))
+    assert describe(many).splitlines()[1] == (
+        "suspects: ranks 20-39 (node-5, node-6, node-7 and 2 more), "
+        "the only ones that do not wait in a collective"
+    )
+
+
+def test_one_screen() -> None:
+    """However scattered a thousand ranks are; lines have an end, too."""
+    places = [member(rank, f"step{rank} (train.py:{rank})") for rank in range(0, 1000, 2)]
+    text = describe(ask(*waiting(*range(1, 1000, 2)), *places, world_size=4000), details=20)
+    many = ask(*waiting(*range(0, 4000, 4)), world_size=4000)
+    [unknown] = [line for line in describe(many, missing="unknown:").splitlines() if "unk" in line]
+    assert unknown.startswith("  unknown: ranks 1-3,5-7,9-11,13-15,")
+    assert unknown.endswith(" more")
+    assert len(unknown) < 500
+    assert len(text.splitlines()) < 100
+    assert max(map(len, text.splitlines())) < 250
+    assert "  and 492 groups more" in text
+    assert "  ranks 1,3,5,7,9,11,13,15,17,19,21,23,25,27,29 and 485 more  all_reduce" in text
+
+
+def test_details_have_an_end() -> None:
+    """Of a suspect with many threads some lines are shown, and how many are not."""
+    stacks = [thread("work (train.py:1)", name=f"worker-{number}") for number in range(50)]
+    answer = ask(*waiting(0, 1, 2), member(3, stacks=stacks, state=None, stacks_missing=None))
+    lines = describe(answer, details=10).splitlines()
+    assert lines[-1] == "  and 90 lines more"
+    assert "rank 3 (node-0, pid 4003):" in lines
+
+
+def test_blocks_of_a_group() -> None:
+    """Ranks at the same place may be in several blocks and passes."""
+    members = [
+        member(0, *WAITS),
+        member(1, *WAITS, scope="b", passes={"b": 9, BLOCK: 7}),
+        *waiting(2),
+    ]
+    [group] = ask(*members, world_size=None)["groups"]
+    assert group["scopes"] == ["b", "train.py#86"]
+    assert group["passes"] == [7, 9]
+    assert "in b and 1 more, pass 7,9, 60.0 s" in describe(ask(*members))
+
+
+def test_children_at_work() -> None:
+    """What a suspect's data loaders do is on its line, and once in the details."""
+    members = recorded("data_loader")
+    answer = ask(*members)
+    lines = describe(answer).splitlines()
+    assert "its child: Images.fetch (data.py:20) < Images.__getitem__ (data.py:15)" in lines[2]
+    assert "child" not in lines[3]
+    shown = [line for line in lines if "descendant" in line]
+    assert shown == ["  descendants 4740, 4741: /opt/venv/bin/python train.py loader"]
+    assert "BaseProcess._bootstrap" in lines[lines.index(shown[0]) + 2]
+
+
+def test_children_that_wait_for_work() -> None:
+    """They are not shown, though the suspect has them."""
+    members = recorded("data_loader")
+    members[2]["descendants"] = members[0]["descendants"]
+    assert members[2]["descendants"]
+    text = describe(ask(*members))
+    assert "rank 2" in text
+    assert "child" not in text
+    assert "descendant" not in text
+
+
+def test_names_forge_no_lines() -> None:
+    """What does not print is left out."""
+    evil = "step\nsuspect: rank 0"
+    stack = thread(*MAIN)
+    stack["frames"][-1]["function"] = evil
+    hostile = member(1, scope="a\nb/c\nd", host="node", stacks=[stack])
+    text = describe(ask(*waiting(0, 2, 3), hostile))
+    assert not [line for line in text.splitlines() if line.startswith("suspect: rank 0")]
+
+
+# What always holds --------------------------------------------------------------------------------
+
+PLACES = [WAITS, BARRIER, LOADS, HANGS, ("forward (net.py:9)",), ()]
+
+
+@st.composite
+def jobs(draw: st.DrawFn) -> list[Member]:
+    """Any ranks, wherever they are."""
+    count = draw(st.integers(1, 9))
+    return [
+        member(
+            rank,
+            *draw(st.sampled_from(PLACES)),
+            passes=draw(st.dictionaries(st.sampled_from([BLOCK, "b"]), st.integers(1, 3))),
+            scope=draw(st.sampled_from([BLOCK, "b", None])),
+            state=draw(st.sampled_from(["S", "R", "D", "T", None])),
+            seconds=draw(st.sampled_from([None, 1.0, 60.0])),
+        )
+        for rank in range(count)
+    ]
+
+
+@given(jobs(), st.randoms(use_true_random=False), st.integers(1, 3))
+def test_order_does_not_matter(members: list[Member], rng: random.Random, hosts: int) -> None:
+    """Neither of the members nor of the hosts' pictures."""
+    answer = ask(*members)
+    mixed = members.copy()
+    rng.shuffle(mixed)
+    parts = [mixed[index::hosts] for index in range(hosts)]
+    job = answer["job"]
+    assert who_hangs([{"job": job, "members": part} for part in parts]) == answer
+
+
+@given(jobs())
+def test_answers_are_whole(members: list[Member]) -> None:
+    """Each rank is in one group; suspects are known ones; all of it is JSON; there is a text."""
+    answer = ask(*members)
+    grouped = [rank for group in answer["groups"] for rank in group["ranks"]]
+    assert sorted(grouped) == [each["rank"] for each in members]
+    named = [rank for group in answer["groups"] if group["suspected"] for rank in group["ranks"]]
+    assert sorted(named) == answer["suspected"] == [each["rank"] for each in answer["suspects"]]
+    assert len(named) < max(2, len(members))
+    assert answer["reasons"]
+    assert json.loads(json.dumps(answer)) == answer
+    assert describe(answer).splitlines()[1].startswith(("suspect", "no suspect"))
+
+
+@given(
+    st.integers(2, 6),
+    st.lists(
+        st.tuples(st.sampled_from(PLACES[2:5]), st.sampled_from([6, 7])), min_size=1, max_size=6
+    ),
+)
+def test_another_waiting_rank_accuses_nobody(
+    count: int, others: list[tuple[tuple[str, ...], int]]
+) -> None:
+    """Those that do not wait are the suspects; one more that waits is none, and makes none."""
+    stuck = [
+        member(count + 1 + index, *place, passes={BLOCK: reached})
+        for index, (place, reached) in enumerate(others)
+    ]
+    guilty = {each["rank"] for each in stuck}
+    before = ask(*waiting(*range(count)), *stuck)["suspected"]
+    after = ask(*waiting(*range(count + 1)), *stuck)["suspected"]
+    assert set(before) <= guilty
+    assert set(after) <= guilty
+    assert after
+
+
+@given(st.integers(1, 20), st.sampled_from(PLACES), st.sampled_from(["S", "R", "T"]))
+def test_nobody_is_named_where_all_do_the_same(
+    count: int, place: tuple[str, ...], state: str
+) -> None:
+    """Whatever that is."""
+    answer = ask(*(member(rank, *place, state=state) for rank in range(count)))
+    assert answer["suspects"] == []
+    assert answer["reasons"][0].startswith("no suspect: ")
+
+
+@given(st.sets(st.integers(0, 200)))
+def test_folded_ranks_can_be_read_back(ranks: set[int]) -> None:
+    """They are what people write, and lose nothing."""
+    text = fold_ranks(ranks)
+    spans = [[int(end) for end in span.split("-")] for span in text.split(",") if span]
+    assert [rank for span in spans for rank in range(span[0], span[-1] + 1)] == sorted(ranks)
+    assert all(later[0] - earlier[-1] > 1 for earlier, later in itertools.pairwise(spans))
