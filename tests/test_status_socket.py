@@ -145,6 +145,17 @@ def test_passes_and_ranks(
     assert (timer["rank"], timer["local_rank"], timer["pass"]) == (5, 1, 3)
 
 
+def test_timer_that_was_acquired_anew(
+    server: FileTimerServer, fifo_path: str, client: FileTimerClient
+) -> None:
+    """It has the time that was asked for last, and it is the same pass."""
+    for after in (60, 600):
+        client.acquire("step", time.time() + after)
+        [timer] = ask(fifo_path)["timers"]
+        assert after - 5 < timer["left"] <= timer["after"] <= after
+        assert timer["pass"] == 1
+
+
 def test_hostile_scopes(server: FileTimerServer, fifo_path: str) -> None:
     """Whatever a scope is, the answer is one JSON object."""
     scopes = ['","timers":[{"pid":1}]', "\n\0\x1b[2J", "\ud800", "é" * 50, "x" * 400]

@@ -9,7 +9,6 @@ import os
 import select
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 
 from tests.benchmarks import peers
 from tests.benchmarks.harness import (
+    OURS,
     Host,
     Results,
     Work,
@@ -38,6 +38,7 @@ IDLE = Work("idle CPU of a server at 0.1 s, 10,000 timers held", "ms per s")
 LEFT = Work("descriptors and memory more than before, after all who asked", "")
 
 WITHOUT = "without a socket"
+WITH = "with a socket"
 QUIET = "nobody asks"
 ASKED = "asked 10 times a second"
 CROWD = "100 clients hang, send rubbish or ask"
@@ -59,7 +60,7 @@ def measure(results: Results) -> None:
             (WITHOUT, {}),
             (QUIET, {"status": True}),
             (f"idle {WITHOUT}", {"max_interval": 0.1}),
-            ("idle with a socket", {"max_interval": 0.1, "status": True}),
+            (f"idle {WITH}", {"max_interval": 0.1, "status": True}),
         ):
             path = f"{folder}/{len(servers)}"
             progress(f"status: a server is given {_TIMERS} timers")
@@ -86,7 +87,7 @@ def measure(results: Results) -> None:
         results.add(LEFT, MEMORY, (after[1] - before[1]) / 2**20)
         for _ in range(2 * _ROUNDS):
             progress("status: how long does an answer take?")
-            results.add(ANSWER, "elastic-timer", 1000 * _ask_by_command(servers[QUIET][1]))
+            results.add(ANSWER, OURS, 1000 * _ask_by_command(servers[QUIET][1]))
             time.sleep(0.3)
         idle = {name: host for name, (host, _) in servers.items() if name.startswith("idle")}
         for window in range(6):
@@ -201,12 +202,3 @@ def _ask_by_command(path: str) -> float:
     took = time.monotonic() - began
     assert len(json.loads(told)["timers"]) >= _TIMERS
     return took
-
-
-def medians(results: Results) -> dict[str, float]:
-    """The median lateness by who asks."""
-    return {
-        series.contestant: statistics.median(series.samples)
-        for series in results.series
-        if series.work == LATENESS
-    }
