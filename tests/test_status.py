@@ -117,9 +117,12 @@ def test_table_of_a_run(job: Child, fifo_path: str, status: Status) -> None:
     )
     assert names.split() == ["LEFT", "USED", "AFTER", "SCOPE", "RANK", "PID", "STATE", "PASS"]
     for row, rank, after in zip(rows, (1, 0), (60, 90), strict=True):
-        assert re.fullmatch(
-            rf"\d\d\.\d s  #*-{{10,20}}  {after} s  train\.py#8{rank} +{rank}  +\d+  [SRD] +1", row
+        match = re.fullmatch(
+            rf"\d\d\.\d s  #*-{{10,20}}  (\d\d) s  train\.py#8{rank} +{rank}  +\d+  [SRD] +1", row
         )
+        # A busy machine takes a moment to bring it the request.
+        assert match, row
+        assert after - 5 <= int(match[1]) <= after
     assert {len(line) for line in rows} <= {len(rows[0])}
 
 
@@ -494,11 +497,11 @@ def is_well(status: Status, path: str) -> None:
     assert re.fullmatch(rf"{path}: ok, the last one \d+\.\d s ago\n", told)
 
 
-def why_not(status: Status, path: str) -> str:
+def why_not(status: Status, path: str, within: float = SOON) -> str:
     """The probe says within its time that a server is ill, in one line, and why."""
     began = time.monotonic()
-    told = status("--check", "--max-age", str(SOON), "--timer-file", path, exits=1)
-    assert time.monotonic() - began < SOON + 2
+    told = status("--check", "--max-age", str(within), "--timer-file", path, exits=1)
+    assert time.monotonic() - began < within + 5
     assert told.startswith(f"{path}: ")
     assert told.count("\n") == 1
     return told
@@ -547,8 +550,9 @@ def test_check_of_a_server_whose_rounds_fail(
     is_well(status, fifo_path)
     with monkeypatch.context() as patch:
         patch.setattr(server, "_drop_exited", lambda: 1 / 0)
-        eventually(lambda: snapshot(fifo_path)["last_round_age"] > SOON)
-        assert "the watchdog makes no rounds, the last one" in why_not(status, fifo_path)
+        # After each round that fails it pauses, and an answer takes some of these.
+        eventually(lambda: snapshot(fifo_path)["last_round_age"] > 1.5)
+        assert "the watchdog makes no rounds, the last one" in why_not(status, fifo_path, 1.5)
     is_well(status, fifo_path)
 
 
