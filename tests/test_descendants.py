@@ -143,10 +143,10 @@ def test_s9_expired_workers_come_first(
     other = spawn(SHELL)
     assert other.readline() == "started"
     (shell,) = child_pids(other.pid)
+    (program,) = eventually(lambda: child_pids(shell))
     workers = [worker.pid, other.pid, shell]
     collected = log_debug_info_for_expired_timers("run", {pid: expired(pid) for pid in workers})
     dumped = [int(line.split()[3]) for line in dumps.read_text().splitlines()]
-    (program,) = child_pids(shell)
     assert set(dumped[:3]) == set(workers)
     assert set(dumped[3:]) == {loader, program}
     descendants = {
