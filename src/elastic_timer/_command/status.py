@@ -108,8 +108,7 @@ def _check(options: StatusOptions) -> int:
 
 def _watch(options: StatusOptions, pause: float) -> int:
     lines: list[str] = []
-    is_screen = False
-    with contextlib.suppress(KeyboardInterrupt), _screen(options) as is_screen:
+    with _screen(options) as is_screen, contextlib.suppress(KeyboardInterrupt):
         while True:
             began = time.monotonic()
             style = _style()
