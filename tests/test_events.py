@@ -146,6 +146,7 @@ BLOCK = {**COUNTS, **DURATIONS, "first": NONE}
 ALL_KINDS: list[kinds.Event] = [
     kinds.ServerStarted(1.5),
     kinds.ServerStopped(2.5),
+    kinds.WatchdogRound(1.5, 8, 16, 2),
     kinds.TimerAcquired(1.5, 4711, 3, 1, TIMER),
     kinds.TimerReleased(1.5, -4711, None, None, FileTimerRequest(-4711, "x", -1)),
     kinds.TimerExpired(1.5, 4711, 3, 1, TIMER, 0.01, None),

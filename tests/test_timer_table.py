@@ -246,3 +246,17 @@ def test_idle_work_does_not_grow_with_the_timers(table: TimerTable[Any, str]) ->
         table.settle(5.0)
         assert table.next_deadline() == 1000.0
         assert CountedTime.comparisons < 20
+
+
+def test_spans_are_from_the_acquire_to_the_deadline(table: TimerTable[Any, str]) -> None:
+    """Of those timers that a worker still holds when they are looked at."""
+    for number, scope in enumerate("abc"):
+        table.acquire(1, scope, "request", 60.0 + number, float(number))
+    table.acquire(2, "a", "request", 5.0)
+    spans = table.spans(1)
+    assert next(spans) == ("a", 0.0, 60.0)
+    table.release(1, "b")
+    table.acquire(1, "c", "request", 70.0, 5.0)
+    table.acquire(1, "d", "request", 70.0, 5.0)
+    assert list(spans) == [("c", 5.0, 70.0)]
+    assert list(table.spans(3)) == []

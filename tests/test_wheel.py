@@ -80,6 +80,7 @@ def test_contents(wheel: Path) -> None:
     assert names == {
         *(f"elastic_timer/{path.relative_to(PACKAGE)}" for path in PACKAGE.rglob("*.py")),
         "elastic_timer/events.schema.json",
+        "elastic_timer/status.schema.json",
         "elastic_timer/py.typed",
         "elastic_timer/report.schema.json",
         *(

@@ -384,6 +384,11 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
             nobody, whatever signal the clients name.
 
             .. versionadded:: 0.2.0
+        status: Answer `elastic-timer status` on a socket beside the FIFO, `file_path` with
+            ".sock" behind it, for this user and root alone. Where it can't be made, a warning says
+            why, and the server runs without.
+
+            .. versionadded:: 0.2.0
 
     Raises:
         FileExistsError: Something lies at `file_path` that is no FIFO, or that a server reads.
@@ -408,6 +413,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         kill_after: float | None = None,
         kill_tree: bool = False,
         dry_run: bool = False,
+        status: bool = False,
     ) -> None:
         super().__init__(
             lambda: FifoSource(file_path, FileTimerRequest),
@@ -426,6 +432,18 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         self._last_progress_time = int(_clock.epoch())
         self._is_cut_off = False
         self._next_fifo_check = 0.0
+        if status:
+            # Not before: a worker, which has no server, is not to pay for it.
+            from elastic_timer._server.status import Snapshots
+            from elastic_timer._transport.status_socket import StatusSocket
+
+            about = {
+                "run_id": run_id,
+                "timer_file": os.path.abspath(file_path),
+                "max_interval": max_interval,
+            }
+            snapshots = Snapshots(self._workers, lambda: self._progress, about)
+            self._aside = StatusSocket(file_path, self._loop, snapshots.take)
         if log_event is not None:
             self.subscribe(
                 _as_log_event(log_event),

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.benchmarks import burst, cost, idle, imports, lateness, peers, report
+from tests.benchmarks import burst, cost, idle, imports, lateness, peers, report, status
 from tests.benchmarks.harness import Results, elapsed, progress
 
 _WORKS = {
@@ -19,6 +19,7 @@ _WORKS = {
     "cost": cost.measure,
     "burst": burst.measure,
     "idle": idle.measure,
+    "status": status.measure,
     "lateness": lateness.measure,
 }
 

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.benchmarks import burst, cost, idle, imports, lateness
+from tests.benchmarks import burst, cost, idle, imports, lateness, status
 from tests.benchmarks.harness import OURS, Results, Series
 from tests.benchmarks.peers import FLOOR, NVRX, TORCH
 
@@ -23,7 +23,13 @@ class Goal:
 
 def judge(results: Results) -> list[Goal]:
     """Compare a run with the goals."""
-    return [*_costs(results), *_reaps(results), *_load(results), *_weights(results)]
+    return [
+        *_costs(results),
+        *_reaps(results),
+        *_status(results),
+        *_load(results),
+        *_weights(results),
+    ]
 
 
 def _costs(results: Results) -> Iterator[Goal]:
@@ -77,6 +83,29 @@ def _reaps(results: Results) -> Iterator[Goal]:
                 continue
             figure = f"median {late.median:.1f} ms, worst {late.worst:.1f} ms"
             yield Goal(work, goal, figure, late.median <= 2 and late.worst <= 10)
+
+
+def _status(results: Results) -> Iterator[Goal]:
+    quiet = results.find(status.LATENESS, status.QUIET)
+    for who in (status.ASKED, status.CROWD):
+        asked = results.find(status.LATENESS, who)
+        if quiet and asked:
+            work = f"{status.LATENESS.title}, status {who}"
+            more = asked.median - quiet.median
+            figure = f"{more:+.2f} ms ({asked.median:.2f} ms, {quiet.median:.2f} ms)"
+            yield Goal(work, "at most 1 ms later", figure, more <= 1)
+    if answer := results.find(status.ANSWER, OURS):
+        figure = f"{answer.median:.0f} ms"
+        yield Goal(status.ANSWER.title, "under 200 ms", figure, answer.median < 200)
+    shut, opened = (results.find(status.IDLE, name) for name in (status.WITHOUT, status.WITH))
+    if shut and opened:
+        ratio = opened.median / shut.median
+        # "The same" up to what two equal servers differ by.
+        figure = f"{ratio:.2f} times ({opened.median:.2f}, {shut.median:.2f} ms per s)"
+        yield Goal("idle CPU with a socket", "as without", figure, ratio < 1.1)
+    if descriptors := results.find(status.LEFT, status.DESCRIPTORS):
+        left = descriptors.worst
+        yield Goal("descriptors left by all who asked", "none", f"{left:.0f}", left == 0)
 
 
 def _load(results: Results) -> Iterator[Goal]:

@@ -202,6 +202,7 @@ with StrictFileServer("/tmp/timers", run_id="run", max_interval=0.5, daemon=Fals
 file_server = FileTimerServer("/tmp/timers", "run", 10, True, log_event)
 FileTimerServer("/tmp/timers", "run", log_event=lambda name, request: print(name, request))
 FileTimerServer("/tmp/timers", "run", reap_self=True, kill_after=10)
+FileTimerServer("/tmp/timers", "run", status=True)
 FileTimerServer("/tmp/timers", "run", kill_after=None)
 assert_type(file_server.start(), None)
 assert_type(file_server.stop(), None)

@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Deadlines for worker processes: a block that overruns has its process killed.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    actions = parser.add_subparsers(metavar="{demo,report,run}", required=True)
+    actions = parser.add_subparsers(metavar="{demo,report,run,status}", required=True)
 
     demo = actions.add_parser("demo", help="see two stuck workers reaped, in a few seconds")
     demo.set_defaults(action=_demo, parser=demo)
@@ -146,7 +146,45 @@ def _parser() -> argparse.ArgumentParser:
         "its name, or FILE:FUNCTION; may be given several times",
     )
     reports.set_defaults(action=_report, parser=reports)
+
+    _add_status(actions)
     return parser
+
+
+def _add_status(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    shows = actions.add_parser(
+        "status",
+        help="show who is in which block, and how long it has",
+        description="Shows the timers of a server that runs, the one with the least time left "
+        "first: of the server at PATH; without PATH of that in TORCHELASTIC_TIMER_FILE; without "
+        "that of every server of this user on this host.",
+    )
+    shows.add_argument("--timer-file", metavar="PATH", help="the server's FIFO")
+    shows.add_argument(
+        "--watch",
+        metavar="SECONDS",
+        nargs="?",
+        type=_positive_seconds,
+        const=1.0,
+        help="show it again every so many seconds (default: %(const)g) until Ctrl-C",
+    )
+    shows.add_argument("--json", action="store_true", help="print one JSON object per server")
+    shows.add_argument(
+        "--stacks", action="store_true", help="show what the workers are doing, by py-spy"
+    )
+    shows.add_argument(
+        "--check",
+        action="store_true",
+        help="say only whether the watchdog is alive: exit status 0, else 1",
+    )
+    shows.add_argument(
+        "--max-age",
+        metavar="SECONDS",
+        type=_positive_seconds,
+        default=10.0,
+        help="how long a watchdog that is alive may be silent for --check (default: %(default)g)",
+    )
+    shows.set_defaults(action=_status, parser=shows)
 
 
 def _positive_seconds(text: str) -> float:
@@ -161,6 +199,15 @@ def _demo(options: argparse.Namespace) -> int:
     if options.command:
         options.parser.error("the demo takes no COMMAND")
     return demo()
+
+
+def _status(options: argparse.Namespace) -> int:
+    from elastic_timer._command.status import StatusOptions, status
+
+    if options.command:
+        options.parser.error("status takes no COMMAND")
+    asked = {field.name: getattr(options, field.name) for field in fields(StatusOptions)}
+    return status(StatusOptions(**asked))
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -18,8 +18,9 @@ from elastic_timer._command.before_kill import BeforeKill
 from elastic_timer._command.block_table import block_table
 from elastic_timer._command.event_file import EventFile
 from elastic_timer._command.leftovers import Leftovers
+from elastic_timer._command.systemd import Notifier, remove_variables
 from elastic_timer._server.callbacks import PATIENCE, contained_logger, flush_log
-from elastic_timer._server.events import BlocksMeasured, Event
+from elastic_timer._server.events import BlocksMeasured, Event, WatchdogRound
 from elastic_timer.debug_info_logging import set_native_stacks
 
 # A stderr that nobody reads must not keep signals from COMMAND.
@@ -92,6 +93,7 @@ def run(options: Options) -> int:
     # Before anything exists that has to be removed again, and before any thread, which would
     # inherit the old mask: from here on no signal but SIGKILL ends this process.
     signals, mask_before = _block_signals()
+    notifier = Notifier(os.environ)
     with contextlib.ExitStack() as cleanup:
         try:
             timer_file = options.timer_file
@@ -101,10 +103,13 @@ def run(options: Options) -> int:
             server = FileTimerServer(
                 timer_file,
                 options.run_id,
-                options.max_interval,
+                notifier.interval(options.max_interval),
                 kill_tree=options.kill_tree,
                 dry_run=options.dry_run,
+                status=True,
             )
+            if notifier.is_wanted:
+                server.subscribe(notifier.made_round, WatchdogRound)
             if options.events is not None:
                 server.subscribe(EventFile(options.events, options.run_id).append)
             if options.before_kill is not None:
@@ -131,6 +136,8 @@ def run(options: Options) -> int:
             logger.error("cannot run %s: %s", options.command[0], error.strerror)
             return NOT_FOUND if isinstance(error, FileNotFoundError) else NOT_EXECUTABLE
         # Not before COMMAND is there: what it has not had has to be forwarded.
+        notifier.ready()
+        cleanup.callback(notifier.stopping)
         with contextlib.closing(_GroupWitness()) as witness:
             status = _supervise(pid, signals, witness, leftovers)
     # Without the server: what outlives COMMAND is not held to its deadlines.
@@ -177,6 +184,7 @@ def _block_signals() -> tuple[set[int], Set[int]]:
 def _start(command: list[str], timer_file: str, mask: Set[int]) -> int:
     """Start COMMAND and return its pid; an OSError says why it could not be."""
     environment = {**os.environ, "TORCHELASTIC_TIMER_FILE": timer_file}
+    remove_variables(environment)
     # With it torchrun would start a server of its own, and replace our FIFO.
     environment.pop("TORCHELASTIC_ENABLE_FILE_TIMER", None)
     # Otherwise torchrun 2.13 hands the store of the reaped attempt on to the next one, whose ranks

@@ -36,6 +36,22 @@ class ServerStopped(Event):
 
 
 @dataclasses.dataclass(frozen=True)
+class WatchdogRound(Event):
+    """The watchdog has made a round, which tells that it lives; not all rounds are told of.
+
+    Attributes:
+        workers: How many workers it watches.
+        timers: How many timers they hold.
+        reaped: How many times it has signalled a worker since it was started.
+    """
+
+    name: ClassVar[str] = "watchdog round"
+    workers: int
+    timers: int
+    reaped: int
+
+
+@dataclasses.dataclass(frozen=True)
 class WorkerEvent(Event):
     """Something that happened to a worker.
 

@@ -179,10 +179,17 @@ class Loop:
         if seconds > 0:
             (self._served or self._run).stop_requested.wait(seconds)
 
-    def watch(self, fd: int, what: object) -> None:
-        """Have `wait` return `what` when there is something to read from `fd`."""
+    def watch(self, fd: int, what: object, for_room: bool = False) -> None:
+        """Have `wait` return `what` when there is something to read from `fd`.
+
+        Args:
+            fd: The descriptor.
+            what: Not None.
+            for_room: When there is room to write to it, instead.
+        """
         self.unwatch(fd)  # Its number may be that of a file which was closed behind our back.
-        self._selector_().register(fd, selectors.EVENT_READ, what)
+        event = selectors.EVENT_WRITE if for_room else selectors.EVENT_READ
+        self._selector_().register(fd, event, what)
 
     def unwatch(self, fd: int) -> None:
         """Undo `watch`; to be called while the descriptor is still open."""

@@ -27,6 +27,7 @@ from elastic_timer._server.events import (
     TimerAcquired,
     TimerExpired,
     TimerReleased,
+    WatchdogRound,
     WorkerExited,
     WorkerSignalled,
     WorkerSpared,
@@ -81,6 +82,13 @@ _ERROR_PAUSE = 0.1
 _FIRST_RETRY = 0.005
 _RETRY = 1.0
 
+# What is done besides, such as telling others how things stand, is done a piece at a time, each at
+# least so many seconds before the next deadline.
+_ROOM = 0.003
+
+# Those who listen to rounds are told of no more than one in so many seconds.
+_ROUNDS_TOLD = 0.05
+
 # What listeners get that do not say what they want: all that does not come with every block.
 _RARE_EVENTS = (
     ServerStarted,
@@ -119,6 +127,46 @@ class Source(Protocol[_R]):
 
     def forget_parent(self) -> None:
         """Give back, in a forked child, what its parent goes on using."""
+
+
+class Aside(Protocol):
+    """What is done on the watchdog's thread besides, while it would wait."""
+
+    def open(self) -> None:
+        """Begin; raises no error."""
+
+    def pause(self) -> float:
+        """How many seconds may pass until `serve` has something to do by itself."""
+        ...
+
+    def serve(self, ready: list[object], has_room: bool) -> list[object]:
+        """Do a piece of it, of a millisecond at most.
+
+        Args:
+            ready: What `Loop.wait` has returned.
+            has_room: Whether there is time for it before the next deadline.
+
+        Returns:
+            What of it is others' business, and something more where a round is wanted.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give back what is open, however often it is called."""
+
+    def forget_parent(self) -> None:
+        """Give back, in a forked child, what its parent goes on using."""
+
+
+class Progress:
+    """How far a server has come since its start; in monotonic seconds where nothing is said."""
+
+    def __init__(self) -> None:
+        self.started_epoch = _clock.epoch()
+        self.started = self.last_round = _clock.monotonic()
+        self.rounds = 0
+        # How many times a worker was signalled for its timers.
+        self.reaped = 0
 
 
 class _Retry(NamedTuple):
@@ -227,6 +275,10 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._before_signal: tuple[Callable[[TimerExpired[_R]], object], float] | None = None
         # When listeners are told next what blocks take.
         self._blocks_due = float("inf")
+        # What a subclass adds that is served besides.
+        self._aside: Aside | None = None
+        self._progress = Progress()
+        self._next_told = 0.0
         self._exited: list[int] = []
         # What listeners hear of once all who are due are signalled.
         self._outbox: list[Event] = []
@@ -418,6 +470,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._follow_up()
         self._trees.follow_up()
         self._is_unfinished = False
+        self._note_round()
         if self._blocks_due <= self._looked_at:
             deadline = self._workers.next_deadline()
             if deadline is not None and deadline - self._looked_at < _BLOCKS_TAKE:
@@ -425,6 +478,15 @@ class ProcessServer(abc.ABC, Generic[_R]):
             else:
                 self._blocks_due = self._looked_at + _BLOCKS_INTERVAL
                 self._publish_blocks()
+
+    def _note_round(self) -> None:
+        progress = self._progress
+        progress.rounds += 1
+        progress.last_round = _clock.monotonic()
+        if self._events.wants(WatchdogRound) and progress.last_round >= self._next_told:
+            self._next_told = progress.last_round + _ROUNDS_TOLD
+            counts = self._workers.count(), len(self._timers), progress.reaped
+            self._events.publish(WatchdogRound(_clock.epoch(), *counts))
 
     def _reap_all(self, expired: dict[int, list[_R]], now: float) -> None:
         """Report the workers whose timers have expired at `now` (epoch), and reap them.
@@ -518,10 +580,16 @@ class ProcessServer(abc.ABC, Generic[_R]):
         """
         due = self._next_due()
         before = _clock.monotonic()
-        ready = self._loop.wait(min(timeout, due - before - _FINE))
+        timeout = min(timeout, due - before - _FINE)
+        if self._aside is not None and due - before > _ROOM:
+            timeout = min(timeout, self._aside.pause())
+        ready = self._loop.wait(timeout)
         now = _clock.monotonic()
         if now - before > _AT_ONCE:
             self._workers.note_all_read(now)
+        if self._aside is not None:
+            ready = self._aside.serve(ready, due - now > _ROOM)
+            now = _clock.monotonic()
         left = due - now
         if not ready and left <= _FINE:
             self._loop.pause(left)
@@ -628,6 +696,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
             self._retries[pid] = _Retry(_clock.monotonic() + pause, pause)
             return
         self._sent.append(signal)
+        self._progress.reaped += 1
         self._retries.pop(pid, None)
         late = self._workers.seconds_late(timers[0])
         self._note_signal(pid, timer, signal)
@@ -839,12 +908,17 @@ class ProcessServer(abc.ABC, Generic[_R]):
         fd = self._source.open()
         if fd is not None:
             self._loop.watch(fd, REQUESTS)
+        self._progress = Progress()
+        if self._aside is not None:
+            self._aside.open()
         self._is_open = True
         self._events.publish(ServerStarted(_clock.epoch()))
 
     def _close(self, is_child: bool = False) -> None:
         """Give back what was opened; nothing of a round is left for the next start."""
         try:
+            if self._aside is not None:
+                (self._aside.forget_parent if is_child else self._aside.close)()
             if is_child:
                 self._source.forget_parent()
             else:

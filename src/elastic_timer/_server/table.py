@@ -27,9 +27,9 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
     """
 
     def __init__(self) -> None:
-        # For each worker and scope: the timer's serial number, its deadline, its request, and since
-        # when it is held.
-        self._timers: dict[_Worker, dict[str, tuple[int, float, _Request, float]]] = {}
+        # For each worker and scope: the timer's serial number, its deadline, its request, since
+        # when it is held, and when it was asked for last.
+        self._timers: dict[_Worker, dict[str, tuple[int, float, _Request, float, float]]] = {}
         self._size = 0
         self._serial = 0
         # Deadline, serial, worker, scope. The serial decides between equal deadlines, so that
@@ -69,7 +69,8 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
         is_new = held is None
         self._size += is_new
         self._serial += 1
-        scopes[scope] = self._serial, deadline, request, now if held is None else held[3]
+        since = now if held is None else held[3]
+        scopes[scope] = self._serial, deadline, request, since, now
         heapq.heappush(self._heap, (deadline, self._serial, worker, scope))
         self._prune()
         return is_new
@@ -106,13 +107,25 @@ class TimerTable(Mapping["tuple[_Worker, str]", _Request], Generic[_Worker, _Req
         timer = self._timers.get(worker, {}).get(scope)
         return None if timer is None else timer[1]
 
+    def spans(self, worker: _Worker) -> Iterator[tuple[str, float, float]]:
+        """Of each timer that a worker holds its scope, when it was asked for, and when it is due.
+
+        Timers that are acquired in the course of it are left out, as are those that are released.
+        """
+        scopes = self._timers.get(worker, {})
+        # Over a copy of the names alone: so many tuples at once would have all garbage collected.
+        for scope in list(scopes):
+            timer = scopes.get(scope)
+            if timer is not None:
+                yield scope, timer[4], timer[1]
+
     def most_urgent(self, worker: _Worker) -> tuple[str, float, float] | None:
         """Of a worker's timer that is due first its scope, its deadline, and since when it is held.
 
         None where it has none.
         """
         timers = list(self._timers.get(worker, {}).items())
-        due = [(deadline, scope, since) for scope, (_, deadline, _, since) in timers]
+        due = [(deadline, scope, since) for scope, (_, deadline, _, since, _) in timers]
         if not due:
             return None
         deadline, scope, since = min(due)

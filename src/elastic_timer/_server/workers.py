@@ -300,6 +300,10 @@ class Workers(Generic[_Request]):
             return False
         return True
 
+    def count(self) -> int:
+        """How many workers are held."""
+        return len(self._workers)
+
     def ranks(self, pid: int) -> tuple[int | None, int | None]:
         """The rank of a worker in its job and on this host; None where it has none."""
         worker = self._workers.get(pid)
