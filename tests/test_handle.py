@@ -9,6 +9,7 @@ import math
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -365,6 +366,46 @@ def test_decorated_coroutine_function(table: Table) -> None:
         assert table.left("c") == pytest.approx(600, abs=1)
 
     asyncio.run(work())
+
+
+def test_nobody_is_kept_alive_behind_the_block() -> None:
+    """What tells the innermost block refers to no client, and to its queue, when that is left."""
+
+    async def asynchronous(client: Table) -> None:
+        async with expires(AFTER, "s", client):
+            pass
+
+    def block(client: Table) -> None:
+        with expires(AFTER, "s", client) as timer:
+            timer.reschedule(AFTER)
+
+    def fail(client: Table) -> None:
+        client.errors = [BrokenPipeError()]
+        with suppress(BrokenPipeError), expires(AFTER, "s", client):
+            pytest.fail("entered")
+
+    def asynchronously(client: Table) -> None:
+        # Without a loop: the context is this one's.
+        with suppress(StopIteration):
+            asynchronous(client).send(None)
+
+    def overlap(client: Table) -> None:
+        outer = generate(client)
+        next(outer)
+        next(later)
+        outer.close()
+
+    def generate(client: Table) -> Generator[None, None, None]:
+        with expires(AFTER, client=client):
+            yield
+
+    later = generate(Table())
+    for leave in (block, asynchronously, fail, overlap):
+        client = Table()
+        reference = weakref.ref(client)
+        leave(client)
+        del client
+        assert reference() is None, leave
 
 
 # No timer is armed behind the block ---------------------------------------------------------------

@@ -21,7 +21,6 @@ from elastic_timer._worker.handles import (
     handle_of,
 )
 from elastic_timer._worker.holds import (
-    NOBODY,
     Exit,
     Hold,
     end_handle,
@@ -479,7 +478,6 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
             hold.full = full
         except BrokenPipeError:  # The client's own word that nothing was sent.
             hold.scope = None
-            hold.client = NOBODY
             raise
         except BaseException:
             hold.settle()

@@ -74,7 +74,7 @@ class Hold(weakref.ref):  # type: ignore[type-arg]  # What it refers to is of no
             self.scope = None
         if self.scope is not None:
             self.owe()
-        self.client = NOBODY
+        self.client = _NOBODY
         with contextlib.suppress(ValueError):
             owed.remove(self)
 
@@ -92,7 +92,7 @@ class Hold(weakref.ref):  # type: ignore[type-arg]  # What it refers to is of no
 
 
 # The client of a hold that is over: to refer to it would keep its queue open.
-NOBODY = cast("TimerClient", None)
+_NOBODY = cast("TimerClient", None)
 
 owed: list[Hold] = []
 Hold.on_death_1 = property(owed.append)  # type: ignore[attr-defined]
