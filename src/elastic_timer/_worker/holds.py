@@ -9,14 +9,19 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, cast
 
 from elastic_timer._transport.pipe import UNREACHABLE_AFTER
 
 if TYPE_CHECKING:
+    from contextvars import ContextVar
+
     from elastic_timer._worker.handles import Handle
     from elastic_timer.api import TimerClient, expires
+
+else:
+    # C alone: the other is one more file for every worker to find and read.
+    from _contextvars import ContextVar
 
 logger = logging.getLogger("elastic_timer.api")  # Its blocks are what is told of.
 
