@@ -9,6 +9,7 @@ import math
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, suppress
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 
 from elastic_timer import TimerClient, current, expires
-from elastic_timer._worker import holds
+from elastic_timer._worker import handles, holds
 from elastic_timer._worker.handles import NEVER, Pause
 from tests.instructions import interrupt
 from tests.servers import Link
@@ -55,10 +56,14 @@ class Table(TimerClient):
 def table() -> Iterator[Table]:
     """A table, in which nothing may be left at the end."""
     made = Table()
+    # Of clients that other tests had.
+    debts = holds.owed[:]
+    holds.owed.clear()
     yield made
     assert made.deadlines == {}
     assert holds.handles == {}
     assert holds.owed == []
+    holds.owed.extend(debts)
 
 
 def pass_time(timer: expires, seconds: float) -> None:
@@ -363,6 +368,46 @@ def test_decorated_coroutine_function(table: Table) -> None:
     asyncio.run(work())
 
 
+def test_nobody_is_kept_alive_behind_the_block() -> None:
+    """What tells the innermost block refers to no client, and to its queue, when that is left."""
+
+    async def asynchronous(client: Table) -> None:
+        async with expires(AFTER, "s", client):
+            pass
+
+    def block(client: Table) -> None:
+        with expires(AFTER, "s", client) as timer:
+            timer.reschedule(AFTER)
+
+    def fail(client: Table) -> None:
+        client.errors = [BrokenPipeError()]
+        with suppress(BrokenPipeError), expires(AFTER, "s", client):
+            pytest.fail("entered")
+
+    def asynchronously(client: Table) -> None:
+        # Without a loop: the context is this one's.
+        with suppress(StopIteration):
+            asynchronous(client).send(None)
+
+    def overlap(client: Table) -> None:
+        outer = generate(client)
+        next(outer)
+        next(later)
+        outer.close()
+
+    def generate(client: Table) -> Generator[None, None, None]:
+        with expires(AFTER, client=client):
+            yield
+
+    later = generate(Table())
+    for leave in (block, asynchronously, fail, overlap):
+        client = Table()
+        reference = weakref.ref(client)
+        leave(client)
+        del client
+        assert reference() is None, leave
+
+
 # No timer is armed behind the block ---------------------------------------------------------------
 
 
@@ -408,7 +453,7 @@ def test_handle_used_while_its_block_is_being_left(table: Table) -> None:
     with expires(AFTER, "s", table) as timer:
         hold = timer._hold
         assert hold is not None
-        handle = holds.handles.setdefault(hold, _handle(timer))
+        handle = _handle(timer)
         hold.full = None  # As the exit does first.
         with pytest.raises(RuntimeError, match="within the block"):
             handle.extend(600)
@@ -469,6 +514,15 @@ def test_end_of_a_pause_that_is_interrupted_again_and_again(
             assert table.left() == pytest.approx(AFTER, abs=1)
 
 
+def test_end_of_a_pause_that_is_interrupted_for_good(table: Table) -> None:
+    """It is given up; the block is released all the same."""
+    with expires(AFTER, "s", table) as timer:
+        with pytest.raises(KeyboardInterrupt), timer.paused():
+            table.errors = [KeyboardInterrupt()] * 30
+        assert 0 < len(table.errors) < 25
+        table.errors.clear()
+
+
 def test_pause_is_a_plain_context_manager_to_those_who_look_at_its_class() -> None:
     """Exit stacks look the method up there."""
     assert callable(Pause.__exit__)
@@ -509,6 +563,21 @@ def test_forked_child(table: Table, fork_worker: Fork) -> None:
             timer.__exit__(None, None, None)
             os._exit(len(holds.handles))
         assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_what_a_child_does_first(table: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the fork on, blocks entered before are another process's."""
+    monkeypatch.setattr(handles, "_forked_at", handles._forked_at)
+    with expires(AFTER, "s", table) as timer:
+        timer.reschedule(AFTER)
+        handles._forget_parent()
+        assert holds.handles == {}
+        with pytest.raises(RuntimeError, match="forked"):
+            timer.tick()
+        with pytest.raises(RuntimeError, match="no block of this process"):
+            current()
+        with expires(AFTER, "own", table) as own:
+            assert current() is own
 
 
 # Over a server -----------------------------------------------------------------------------------

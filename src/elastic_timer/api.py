@@ -21,7 +21,6 @@ from elastic_timer._worker.handles import (
     handle_of,
 )
 from elastic_timer._worker.holds import (
-    NOBODY,
     Exit,
     Hold,
     end_handle,
@@ -448,7 +447,9 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
         self._scope = scope
 
     def __enter__(self) -> Self:
-        client = self._chosen_client()
+        client = self._client if _instead is None else _instead
+        if client is None:
+            client = _timer_client
         if client is None:
             raise RuntimeError(
                 "there is no timer client: call elastic_timer.configure(...) first, or pass client="
@@ -478,7 +479,6 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
             hold.full = full
         except BrokenPipeError:  # The client's own word that nothing was sent.
             hold.scope = None
-            hold.client = NOBODY
             raise
         except BaseException:
             hold.settle()
@@ -486,13 +486,9 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
         return self
 
     async def __aenter__(self) -> Self:
-        await patiently(self._chosen_client(), self.__enter__)
+        client = _timer_client if self._client is None else self._client
+        await patiently(client, self.__enter__)
         return self
-
-    def _chosen_client(self) -> TimerClient | None:
-        if _instead is not None:
-            return _instead
-        return _timer_client if self._client is None else self._client
 
     def _leave(
         self, exc_type: type[BaseException] | None, exception: object, traceback: object

@@ -9,14 +9,19 @@ import operator
 import sys
 import weakref
 from collections.abc import Callable
-from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, cast
 
 from elastic_timer._transport.pipe import UNREACHABLE_AFTER
 
 if TYPE_CHECKING:
+    from contextvars import ContextVar
+
     from elastic_timer._worker.handles import Handle
     from elastic_timer.api import TimerClient, expires
+
+else:
+    # C alone: the other is one more file for every worker to find and read.
+    from _contextvars import ContextVar
 
 logger = logging.getLogger("elastic_timer.api")  # Its blocks are what is told of.
 
@@ -74,7 +79,7 @@ class Hold(weakref.ref):  # type: ignore[type-arg]  # What it refers to is of no
             self.scope = None
         if self.scope is not None:
             self.owe()
-        self.client = NOBODY
+        self.client = _NOBODY
         with contextlib.suppress(ValueError):
             owed.remove(self)
 
@@ -92,7 +97,7 @@ class Hold(weakref.ref):  # type: ignore[type-arg]  # What it refers to is of no
 
 
 # The client of a hold that is over: to refer to it would keep its queue open.
-NOBODY = cast("TimerClient", None)
+_NOBODY = cast("TimerClient", None)
 
 owed: list[Hold] = []
 Hold.on_death_1 = property(owed.append)  # type: ignore[attr-defined]
