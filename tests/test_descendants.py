@@ -14,6 +14,7 @@ import pytest
 
 from elastic_timer import FileTimerServer
 from elastic_timer._evidence import facts, stacks
+from elastic_timer._server.process import state_of
 from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, set_stacks_timeout
 from tests.evidence_support import expired, install_py_spy, logged
 from tests.support import Child, child_pids, eventually, process_state, wait_dead
@@ -122,6 +123,7 @@ def test_s9_what_runs_no_python_takes_one_line(
     (shell,) = child_pids(worker.pid)
     (program,) = eventually(lambda: child_pids(shell))
     eventually(lambda: Path(f"/proc/{program}/cmdline").read_text().startswith("sleep"))
+    eventually(lambda: {state_of(shell), state_of(program)} == {"S"})
     log_debug_info_for_expired_timers("run", {worker.pid: expired(worker.pid)})
     (record,) = logged(caplog)
     assert [each["pid"] for each in record.timer_descendants] == [shell, program]

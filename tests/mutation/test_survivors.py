@@ -129,7 +129,7 @@ def test_block_of_a_scope() -> None:
     """Whose it is does not count, and nothing else of it is left out."""
     for ending in ("", "@thread-12", "@task-7f3a", "@generator-b", "@task-1@generator-2"):
         assert block_of(f"train.py#86{ending}") == "train.py#86"
-    for scope in ("", "a@b", "step@thread-", "@threads-12", "@Task-1"):
+    for scope in ("", "a@b", "step@thread-", "@threads-12", "@Task-1", "mail@task-force"):
         assert block_of(scope) == scope
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 
 # What `expires` appends to a default scope to keep threads, tasks and generators apart.
-_WHOSE = re.compile(r"@(?:thread|task|generator)-[0-9a-f]+")
+_WHOSE = re.compile(r"@(?:thread|task|generator)-[0-9a-f]+(?=@|$)")
 
 # Each bucket of a histogram ends at so many times its beginning: told by its middle, a duration is
 # wrong by 5 % at most.
