@@ -39,11 +39,12 @@ def test_with_kill_tree_nothing_is_left(tmp_path: Path, free_port: int) -> None:
 
 
 def test_without_it_each_that_is_left_is_named(tmp_path: Path, free_port: int) -> None:
-    """They live on, adopted by `run`, until the job is done; then the warning has them all."""
+    """Some live on, adopted by `run`, until the job is done; then the warning has them all."""
     mark = f"{MARK}={os.environ[MARK]}"
     output = recover(tmp_path, free_port)
     left = marked_processes(mark)
     named = output.partition("COMMAND has left behind")[2]
     assert set(map(int, re.findall(r"^  (\d+) \(", named, re.M))) == left.keys(), output
-    assert len(left) >= STARTED
+    # torchrun ends the session of a rank that it finds alive: it depends on who is reaped first.
+    assert left
     eventually(lambda: not kill_marked(mark))
