@@ -16,7 +16,7 @@ pytest.importorskip("torch", reason="needs torch: pip install 'elastic-timer[int
 
 JOBS = [
     (2, "sleep", 1),
-    (2, "another collective", 0),
+    (3, "another collective", 0),
     (2, "never enters", 1),
     (3, "data loader", 2),
     (3, TOGETHER, None),
@@ -31,7 +31,7 @@ def test_the_stuck_rank_is_named(
     events = tmp_path / "events"
     job = launch(*command(events, ranks, kind, stuck, after=2.0)[1:])
     job.wait()
-    result = {"stuck": stuck, **verdict(read_lines(events), ranks)}
+    result = {"ranks": ranks, "kind": kind, "stuck": stuck, **verdict(read_lines(events), ranks)}
     assert is_right(result), (result, job.output)
     assert result["without_stacks"] == []
     assert result["pictures"] == 1
