@@ -47,7 +47,7 @@ def suggested(table: str) -> dict[str, float]:
 def phases_that_hang(request: pytest.FixtureRequest) -> tuple[str, ...]:
     """One after the other, each in an attempt of its own."""
     is_every = request.config.getoption("--every-phase", False)
-    return PHASES if is_every else ("step", "checkpoint")
+    return PHASES if is_every else ("step",)
 
 
 def test_each_hang_is_found_by_the_suggested_deadlines(
