@@ -59,25 +59,23 @@ class Target(NamedTuple):
 
 
 SURVIVORS = "tests/mutation/test_survivors.py"
-_EXPIRES = "test_api or test_survivors or test_client_mends or d01 or d13 or d18"
+_BLOCKS = [
+    "tests/test_api.py",
+    "tests/test_client_mends.py",
+    SURVIVORS,
+    "tests/test_differences.py",
+    "-k",
+    "test_api or test_survivors or test_client_mends or test_handle or d01 or d13 or d18",
+]
 
 TARGETS = [
     Target("_server.table", [], ["tests/test_timer_table.py", SURVIVORS]),
     Target("_server.process", ["ranks"], ["tests/test_ranks.py"]),
     Target("_server.workers", ["EpochClock"], ["tests/test_epoch_clock.py"]),
     Target("_transport.wire", [], ["tests/test_wire.py", SURVIVORS]),
-    Target(
-        "api",
-        ["_send_owed", "expires", "_seconds", "_place", "_thread_or_task"],
-        [
-            "tests/test_api.py",
-            "tests/test_client_mends.py",
-            SURVIVORS,
-            "tests/test_differences.py",
-            "-k",
-            _EXPIRES,
-        ],
-    ),
+    Target("api", ["expires", "_seconds"], ["tests/test_handle.py", *_BLOCKS]),
+    Target("_worker.holds", ["send_owed"], _BLOCKS),
+    Target("_worker.scopes", [], _BLOCKS),
 ]
 
 
