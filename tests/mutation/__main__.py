@@ -62,7 +62,14 @@ class Target(NamedTuple):
 
 
 SURVIVORS = "tests/mutation/test_survivors.py"
-_EXPIRES = "test_api or test_survivors or test_client_mends or d01 or d13 or d18"
+_BLOCKS = [
+    "tests/test_api.py",
+    "tests/test_client_mends.py",
+    SURVIVORS,
+    "tests/test_differences.py",
+    "-k",
+    "test_api or test_survivors or test_client_mends or test_handle or d01 or d13 or d18",
+]
 
 TARGETS = [
     Target("_clock", [], ["tests/test_clock.py"]),
@@ -81,18 +88,9 @@ TARGETS = [
         ["warnings", "_find_torchrun", "parser", "_complaints"],
         ["tests/test_torchrun_warnings.py"],
     ),
-    Target(
-        "api",
-        ["_send_owed", "expires", "_seconds", "_place", "_thread_or_task"],
-        [
-            "tests/test_api.py",
-            "tests/test_client_mends.py",
-            SURVIVORS,
-            "tests/test_differences.py",
-            "-k",
-            _EXPIRES,
-        ],
-    ),
+    Target("api", ["expires", "_seconds"], ["tests/test_handle.py", *_BLOCKS]),
+    Target("_worker.holds", ["send_owed"], _BLOCKS),
+    Target("_worker.scopes", [], _BLOCKS),
 ]
 
 
