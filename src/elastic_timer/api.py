@@ -458,6 +458,7 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
         if hold is None or hold() is None:
             # Not called by a `with` statement: there is nothing to watch but this object.
             self._hold = hold = Hold(self, on_death)
+            hold.full = None
         elif hold.scope is not None:
             raise RuntimeError(
                 "this expires(...) is entered already; make one for each block that can be entered"
