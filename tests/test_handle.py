@@ -288,6 +288,18 @@ def test_current_of_a_block_that_was_entered_by_a_call(table: Table) -> None:
         current()
 
 
+def test_block_that_could_not_be_entered_by_a_call(table: Table) -> None:
+    """It is none that others are in."""
+    block = expires(AFTER, "failed", table)
+    table.errors = [BrokenPipeError()]
+    with pytest.raises(BrokenPipeError):
+        block.__enter__()
+    with pytest.raises(RuntimeError):
+        current()
+    with expires(AFTER, "s", table) as timer:
+        assert current() is timer
+
+
 def test_current_with_generators_that_take_turns(table: Table) -> None:
     """Whoever left his block is skipped, however many there were: the chain of them stays short."""
 
