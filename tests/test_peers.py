@@ -11,6 +11,7 @@ import sys
 import textwrap
 import threading
 import time
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,9 @@ RANK = """
     {"wait": wait, "load": load, "stop": stop, "launch": launch}[sys.argv[1]]()
     """
 
+# Ranks are looked for in all processes of a user, those of tests beside this one included.
+RUN_ID = f"nightly-{uuid.uuid4().hex}"
+
 REAL_PY_SPY = shutil.which("py-spy", path=os.path.dirname(sys.executable)) or "py-spy"
 
 
@@ -77,7 +81,7 @@ class Ranks:
     """The ranks of a job, each where it was told to be."""
 
     def __init__(self, spawn: Spawn, doing: list[str], job: Mapping[str, str] = {}) -> None:
-        job = {"WORLD_SIZE": str(len(doing)), "TORCHELASTIC_RUN_ID": "nightly", **job}
+        job = {"WORLD_SIZE": str(len(doing)), "TORCHELASTIC_RUN_ID": RUN_ID, **job}
         self.children: list[Child] = []
         for rank, name in enumerate(doing):
             env = {**job, "RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -178,7 +182,7 @@ def test_the_odd_one_out_is_named(
         assert told[pid].timer_rank == rank
 
     (picture,) = pictures(records)
-    assert picture["job"] == {"run_id": "nightly", "world_size": 4, "restart_count": None}
+    assert picture["job"] == {"run_id": RUN_ID, "world_size": 4, "restart_count": None}
     assert [member["pid"] for member in picture["members"]] == job.pids
     assert picture["members"][0]["expired"]
     for member in picture["members"]:
@@ -228,7 +232,7 @@ def test_one_that_never_asked_for_a_timer(
         env={
             "RANK": "2",
             "WORLD_SIZE": "3",
-            "TORCHELASTIC_RUN_ID": "nightly",
+            "TORCHELASTIC_RUN_ID": RUN_ID,
             "SOURCE": textwrap.dedent(RANK),
         },
     )
@@ -337,7 +341,7 @@ def test_a_helper_that_bears_its_parents_rank_is_no_rank(
 ) -> None:
     """A data loader with a timer of its own expires alone, and has no picture."""
     job = Ranks(spawn, ["wait", "wait"], {"WORLD_SIZE": "3"})
-    env = {"WORLD_SIZE": "3", "TORCHELASTIC_RUN_ID": "nightly", "RANK": "2"}
+    env = {"WORLD_SIZE": "3", "TORCHELASTIC_RUN_ID": RUN_ID, "RANK": "2"}
     parent = spawn(RANK, "launch", "load", env={**env, "SOURCE": textwrap.dedent(RANK)})
     assert parent.readline() == "there"
     (helper,) = child_pids(parent.pid)
