@@ -200,7 +200,7 @@ class _Job:
             codes = [rank.poll() for rank in self._ranks]
             for rank, code in enumerate(codes):
                 if code:
-                    # It may be noticed before the listener tells of the reap; it is told afterwards.
+                    # It may be seen before the listener tells of the reap; it is told afterwards.
                     self._was_told.wait(1)
                     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                     return f"rank {rank} dead ({how})"
