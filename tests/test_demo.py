@@ -32,7 +32,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         assert child.process.stdout is not None
         lines = child.process.stdout.read().splitlines()
         assert child.wait() == 0, "\n".join(lines)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30  # Some five on a machine that does nothing else.
     assert list(folder.iterdir()) == []
     return lines
 
@@ -48,21 +48,20 @@ def test_what_happens(shown: list[str]) -> None:
     assert steps == [f"step {step} is done" for step in (1, 2, 1, 2, 3, 4, 5)]
     suspects = [line for line in told if "suspect" in line]
     assert len(suspects) == 1
-    assert re.match(r"  suspect: rank 2 \(.+, pid \d+\), ", suspects[0])
+    assert re.match(r"  suspect: rank 3 \(.+, pid \d+\), ", suspects[0])
     groups = [line.split("  ")[2].strip() for line in told if line.startswith("    rank")]
-    assert groups == ["rank 2", "ranks 0-1,3"]
-    (reap,) = (line for line in told if line.startswith("the server reaps rank 2, "))
-    found = "the supervisor finds rank 2 dead (SIGKILL), and stops the other ranks"
+    assert groups == ["rank 3", "ranks 0-2,4-7"]
+    (reap,) = (line for line in told if line.startswith("the server reaps rank 3 and "))
+    found = "the supervisor finds rank 3 dead (SIGKILL), and stops the other ranks"
     assert told.index(found) == told.index(reap) + 1
 
 
-def test_stack(shown: list[str]) -> None:
-    """The last frame of the stuck rank names the very line in which it hangs, with the GIL held."""
-    assert any("holds the GIL" in line for line in shown)
-    frames = [line for line in shown if "demo.py" in line and 'File "' in line]
-    match = re.search(r"line (\d+), in load_batch", frames[-1])
+def test_place(shown: list[str]) -> None:
+    """Shown of the stuck rank is the very line in which it hangs, in C code with the GIL held."""
+    (place,) = [line for line in shown if "load_batch (demo.py:" in line]
+    match = re.search(r"load_batch \(demo\.py:(\d+)\) < train", place)
     assert match is not None
-    assert "sleep(60)" in SOURCE[int(match[1]) - 1]
+    assert "PyDLL(None).sleep(60)" in SOURCE[int(match[1]) - 1]
 
 
 def test_without_stacks(spawn: Callable[..., Child]) -> None:
@@ -77,7 +76,7 @@ def test_without_stacks(spawn: Callable[..., Child]) -> None:
     assert child.process.stdout is not None
     output = child.process.stdout.read()
     assert child.wait() == 0, output
-    assert "py-spy was not found" in output
+    assert "load_batch" not in output
 
 
 def test_demo_that_goes_wrong(spawn: Callable[..., Child]) -> None:

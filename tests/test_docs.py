@@ -291,7 +291,7 @@ def test_first_page_is_the_readme() -> None:
     assert "{include} ../README.md" in PAGES["index.md"]
     assert [readme.count(mark) for mark in marks] == [1, 1]
     introduction = readme[readme.index(marks[0]) : readme.index(marks[1])]
-    assert "```python" in introduction
+    assert "docs/images/demo.svg" in introduction
 
 
 @pytest.mark.skipif(

@@ -55,7 +55,7 @@ __all__ = [
     "expires",
 ]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 # Type checkers must not see it, or they would take any misspelt name for one that is there.

@@ -1,4 +1,4 @@
-"""`elastic-timer demo`: a job of four ranks; one hangs, is found and reaped, and the job recovers.
+"""`elastic-timer demo`: a job of eight ranks; one hangs, is found and reaped, and the job recovers.
 
 Run as a module it is one of the ranks: which one, its environment says, as under torchrun.
 """
@@ -25,9 +25,9 @@ from elastic_timer._server.events import Event, JobHangs, TimerReleased, WorkerS
 if TYPE_CHECKING:
     from elastic_timer._evidence.picture import Picture
 
-_RANKS = 4
+_RANKS = 8
 _STEPS = 5
-_STUCK_RANK = 2
+_STUCK_RANK = 3
 _STUCK_STEP = 3
 
 # Many times what the demo takes.
@@ -46,8 +46,8 @@ def train() -> None:
     rank, attempt = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     signal.signal(signal.SIGTERM, _exit)
     ring = _Ring(f"{os.environ[_MARK]}/attempt-{attempt}", rank)
-    # What loads the data would live on if the rank alone were killed.
-    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as loader:
+    # In the place of what loads the data: it would live on if the rank alone were killed.
+    with subprocess.Popen(["sleep", "60"]) as loader:
         try:
             for step in range(1, _STEPS + 1):
                 with expires(after=1.5):
@@ -233,11 +233,13 @@ class _Job:
             answer = who_hangs([cast("Picture", event.picture)])
             self._suspects += [member["rank"] for member in answer["suspects"]]
             for line in describe(answer).splitlines():
+                if line.startswith("rank "):  # Its whole stack, which the log has.
+                    break
                 self._tell(f"  {line}", "1;31" if line.startswith("suspect") else "33")
         elif isinstance(event, WorkerSignalled):
             self._reaped.append(event.rank)
             late = f"{1000 * event.seconds_late:.0f} ms after its deadline"
-            self._tell(f"the server reaps rank {event.rank}, {late}, and what it started", "1;31")
+            self._tell(f"the server reaps rank {event.rank} and its child, {late}", "1;31")
             self._was_told.set()
 
     def _tell(self, what: str, colour: str = "0") -> None:
