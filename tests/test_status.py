@@ -532,6 +532,21 @@ def test_check_of_a_stopped_server(fifo_path: str, serve: Serve, status: Status)
         is_well(status, fifo_path)
 
 
+def test_check_of_a_server_beside_a_stopped_one(
+    fifo_path: str, serve: Serve, status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that are asked after one that does not answer have all the time to do so."""
+    stopped = serve(lambda: FileTimerServer(fifo_path, "stopped", status=True))
+    stopped.pause()
+    well = f"{fifo_path}-well"
+    monkeypatch.setattr(command, "find", lambda: [fifo_path, well])
+    with running(FileTimerServer(well, "well", status=True)):
+        told = status("--check", "--max-age", str(SOON), exits=1).splitlines()
+    assert [line.split(": ")[0] for line in told] == [fifo_path, well]
+    assert "has not answered for 0.5 s" in told[0]
+    assert ": ok, " in told[1]
+
+
 def test_check_of_a_wedged_server(fifo_path: str, status: Status) -> None:
     """A hook that does not come back turns it to 1, until it does."""
     gate = threading.Event()

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -170,23 +171,29 @@ def _ask(options: StatusOptions, patience: float) -> list[_Server]:
     """Ask the server that was named, or all there are, at the same time."""
     named = options.timer_file or os.environ.get("TORCHELASTIC_TIMER_FILE")
     paths = [os.path.abspath(named)] if named else find()
-    with contextlib.ExitStack() as stack:
-        asked: list[tuple[str, Question | OSError]] = []
-        for path in paths:
-            try:
-                asked.append((path, stack.enter_context(Question(path, patience))))
-            except OSError as error:
-                asked.append((path, error))
-        servers = [_server(path, question, patience) for path, question in asked]
+    found: dict[str, _Server] = {}
+
+    def ask(path: str) -> None:
+        found[path] = _server(path, patience)
+
+    # Side by side: one that does not answer takes no time from the others, and a server hangs up
+    # on whoever does not read. As daemons, so that Ctrl-C need not wait for it either.
+    threads = [threading.Thread(target=ask, args=(path,), daemon=True) for path in paths]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    servers = [found[path] for path in paths]
     # One that was found and has ended since is none that anybody has asked for.
     return [server for server in servers if named or not server.is_gone]
 
 
-def _server(path: str, question: Question | OSError, patience: float) -> _Server:
+def _server(path: str, patience: float) -> _Server:
+    pid = None
     try:
-        if isinstance(question, OSError):
-            raise question
-        answer = question.answer()
+        with Question(path, patience) as question:
+            pid = question.pid
+            answer = question.answer()
         if not answer.keys() >= _FIELDS:
             raise ValueError("somebody else's")
     except FileNotFoundError:
@@ -196,8 +203,8 @@ def _server(path: str, question: Question | OSError, patience: float) -> _Server
         return _Server(path, None, "its server has ended", is_gone=True)
     except TimeoutError:
         whose = "the server"
-        if isinstance(question, Question):
-            whose += f", process {question.pid} (state {_state_of(question.pid)}),"
+        if pid is not None:  # Else the queue of those who ask is full.
+            whose += f", process {pid} (state {_state_of(pid)}),"
         return _Server(path, None, f"{whose} has not answered for {patience:g} s")
     except (ConnectionResetError, ValueError):
         return _Server(path, None, "what listens there gives no answer")
