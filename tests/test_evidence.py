@@ -23,6 +23,7 @@ import pytest
 
 from elastic_timer import FileTimerServer, LocalTimerServer, _clock, debug_info_logging
 from elastic_timer._evidence import stacks
+from elastic_timer._evidence.expiry import describe_stacks
 from elastic_timer._server.events import TimerExpired
 from elastic_timer._server.process import refusal
 from elastic_timer.debug_info_logging import (
@@ -929,3 +930,16 @@ def test_the_worker_can_tell_itself_where_it_hangs(spawn: Spawn, fifo_path: str)
         assert worker.wait() == -signal.SIGABRT
     assert "Fatal Python error: Aborted" in worker.stderr_text()
     assert f'File "<string>", line {hang_line(source)} in hang' in worker.stderr_text()
+
+
+def test_frame_without_a_line() -> None:
+    """A frame in C of which the line is not known has none, rather than 0."""
+    frames = [
+        {"file": "/home/me/train.py", "line": 3, "function": "load"},
+        {"file": "/usr/lib/libc.so.6", "line": 0, "function": "clock_nanosleep"},
+    ]
+    thread: Any = {"id": 1, "name": "main", "active": False, "gil": False, "frames": frames}
+    assert describe_stacks({"stacks": [thread], "stacks_missing": None})[1:] == [
+        '  File "/home/me/train.py", line 3, in load',
+        '  File "/usr/lib/libc.so.6", in clock_nanosleep',
+    ]

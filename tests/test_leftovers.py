@@ -384,4 +384,4 @@ def test_process_1(spawn: Spawn, tmp_path: Path, mark: str, adopts: bool) -> Non
     os.kill(runner, signal.SIGTERM)
     assert child.wait() == 128 + signal.SIGTERM
     assert not marked_processes(mark)
-    assert child.stderr_text().count("COMMAND has left behind:") == 1
+    assert child.stderr_text().count("COMMAND has left behind, and it is ended now:") == 1

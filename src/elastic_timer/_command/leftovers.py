@@ -85,7 +85,9 @@ class Leftovers:
     def _end(self, tree: Tree) -> None:
         left = self._wait(tree, _ENDS_BY_ITSELF)
         if left:
-            advice = "" if self._kill else " (it would be ended with --kill-tree)"
+            advice = (
+                ", and it is ended now" if self._kill else " (it would be ended with --kill-tree)"
+            )
             logger.warning("COMMAND has left behind%s:%s", advice, _described(left))
         if not self._kill or not tree.pids():
             return

@@ -111,7 +111,9 @@ def describe_stacks(taken: Stacks) -> list[str]:
         lines.append(f"thread {name} ({', '.join(notes)}):")
         for frame in thread["frames"]:
             file, function = one_line(frame["file"]), one_line(frame["function"])
-            lines.append(f'  File "{file}", line {frame["line"]}, in {function}')
+            # Of a frame in C there is none where its library has no debug information.
+            line = f", line {frame['line']}" if frame["line"] else ""
+            lines.append(f'  File "{file}"{line}, in {function}')
     if folded:
         threads = "1 idle thread" if len(folded) == 1 else f"{len(folded)} idle threads"
         lines.append(f"{threads} of libraries not shown: {one_line(', '.join(folded))}")
