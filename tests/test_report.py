@@ -162,7 +162,9 @@ def test_reader_that_has_seen_enough(spawn: Spawn, tmp_path: Path) -> None:
     path.write_bytes(lines_of(event(host(0))))
     reader, writer = os.pipe()
     os.close(reader)
-    children = [spawn(CLI, "report", *json, str(path), stdout=writer) for json in ([], ["--json"])]
+    # The second has more to say than what is written at the end.
+    reports = ([str(path)], ["--json", *500 * [str(path)]])
+    children = [spawn(CLI, "report", *arguments, stdout=writer) for arguments in reports]
     os.close(writer)
     for child in children:
         assert child.wait() == 1
