@@ -402,8 +402,8 @@ def release_late(link: Link, scope: str, monkeypatch: pytest.MonkeyPatch) -> lis
     hold = _tree.Trees.hold
     late: list[int] = []
 
-    def hold_slowly(trees: _tree.Trees, process: ProcessHandle, stop: bool) -> None:
-        hold(trees, process, stop)
+    def hold_slowly(trees: _tree.Trees, process: ProcessHandle, stop: bool, name: str) -> None:
+        hold(trees, process, stop, name)
         if stop and not late:
             late.append(process.pid)
             link.put(process.pid, scope, -1)
@@ -710,9 +710,9 @@ def test_nothing_is_held_of_a_worker_that_has_ended(job: Callable[..., Child]) -
     with ProcessHandle(process.pid) as worker:
         os.kill(process.pid, signal.SIGKILL)
         wait_dead(process)
-        trees.hold(worker, stop=True)
+        trees.hold(worker, stop=True, name="4711")
         assert process.wait() == -signal.SIGKILL
-        trees.hold(worker, stop=True)
+        trees.hold(worker, stop=True, name="4711")
     assert trees._workers == {}
 
 
@@ -723,13 +723,13 @@ def test_search_that_fails_at_its_end(
     process = job("start(); stay()")
     found = pids(process, 2)
     with contextlib.closing(_tree.Trees()) as trees, ProcessHandle(process.pid) as worker:
-        trees.hold(worker, stop=False)
+        trees.hold(worker, stop=False, name="4711 (rank 3)")
         no_more = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         monkeypatch.setattr(_tree.ProcessTable, "refresh", mock_raising(no_more))
         trees.kill(process.pid)
     (child,) = set(found) - {process.pid}
     wait_dead(child)
-    assert eventually(lambda: records(caplog, f"What worker {process.pid} has started can't be"))
+    assert eventually(lambda: records(caplog, "What worker 4711 (rank 3) has started can't be"))
 
 
 def test_parent_outside_of_the_container_sees_no_stop() -> None:

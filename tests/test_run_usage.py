@@ -197,21 +197,24 @@ def test_s8_time(run: Callable[..., Child]) -> None:
 def test_s8_rank(run: Callable[..., Child]) -> None:
     """A line on a worker that was started with a rank says which, and says it once."""
     worker = """
-        import time, elastic_timer
+        import subprocess, time, elastic_timer
         elastic_timer.configure()
-        with elastic_timer.expires(after=0.1, scope="too long"):
+        with elastic_timer.expires(after=0.5, scope="too long"), subprocess.Popen(["sleep", "60"]):
             time.sleep(60)
         """
     command = ("env", "RANK=3", sys.executable, "-c", textwrap.dedent(worker))
-    child = run("--before-kill", "exit 5", "--", *command)
+    child = run("--kill-tree", "--before-kill", "exit 5", "--", *command)
     assert child.wait() == 128 + signal.SIGKILL
     lines = [line for line in child.stderr_text().splitlines() if "worker" in line]
     told = [re.sub(r"^.*?: ", "", line) for line in lines]
-    past, hook, reaped = (re.sub(r"worker \d+ \(rank 3\)", "WORKER", line) for line in told)
+    told = [re.sub(r"worker \d+ \(rank 3\)", "WORKER", line) for line in told]
+    # What it had started is killed at once after it; that it was reaped is told by a listener.
+    hook, killed, reaped, past = sorted(told)
+    assert killed.startswith("Killed what WORKER had started: ")
     assert past.startswith("WORKER of run ")
     assert hook == "--before-kill: ended with exit status 5 for WORKER"
     assert reaped.startswith("Reaped WORKER with signal 9, ")
-    assert [line.count("rank 3") for line in lines] == [1, 1, 1]
+    assert [line.count("rank 3") for line in lines] == [1, 1, 1, 1]
 
 
 @pytest.fixture

@@ -33,7 +33,7 @@ def test_with_kill_tree_nothing_is_left(tmp_path: Path, free_port: int) -> None:
     """All are gone with their rank; at the end there is nothing to tell of."""
     output = recover(tmp_path, free_port, "--kill-tree")
     assert marked_processes(f"{MARK}={os.environ[MARK]}") == {}
-    killed = re.findall(r"Killed what worker \d+ had started: (.*)", output)
+    killed = re.findall(r"Killed what worker \d+ \(rank \d\) had started: (.*)", output)
     assert sum(len(line.split(", ")) for line in killed) >= STARTED, output
     assert "COMMAND has left behind" not in output
 

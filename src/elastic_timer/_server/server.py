@@ -762,7 +762,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
         process = self._workers.process(pid)
         if not self._kill_tree or process is None:
             return True
-        hold = functools.partial(self._trees.hold, process, stop=signal == signals.SIGKILL)
+        is_last, name = signal == signals.SIGKILL, self._workers.name(pid)
+        hold = functools.partial(self._trees.hold, process, stop=is_last, name=name)
         self._with_tree(hold)
         # This took a while. A release that was written before the stop is there by now.
         if self._take_last_minute():

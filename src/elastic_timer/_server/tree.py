@@ -283,13 +283,15 @@ class _Worker:
 
     Args:
         worker: The worker's process.
+        name: What the log calls it.
 
     Raises:
         OSError: No descriptor is left to look at it with.
         ProcessLookupError: It has ended.
     """
 
-    def __init__(self, worker: ProcessHandle) -> None:
+    def __init__(self, worker: ProcessHandle, name: str) -> None:
+        self.name = name
         # Its own: the server lets go of a worker that has ended, and this is needed then.
         self._process = ProcessHandle(worker.pid)
         known, user = look_at(worker.pid), user_of(worker.pid)
@@ -321,12 +323,12 @@ class _Worker:
             try:
                 is_new = self.tree.find(table, [self.pid] if _is(self._known) else [], stop)
             except OSError as error:
-                _tell_of_no_search(self.pid, error)
+                _tell_of_no_search(self.name, error)
                 return
             looks += 1
             if not stop or not is_new:
                 return
-        logger.error("Of what worker %s has started not all was found: it grows faster", self.pid)
+        logger.error("Of what worker %s has started not all was found: it grows faster", self.name)
 
     def kill(self, table: ProcessTable) -> dict[int, str]:
         """Kill all that the worker has started; their pids and starts."""
@@ -358,7 +360,7 @@ class _Worker:
             self._process.send(signal)
 
 
-def _tell_of_no_search(worker: int, error: OSError) -> None:
+def _tell_of_no_search(worker: str, error: OSError) -> None:
     logger.error("What worker %s has started can't be looked for: %s", worker, error)
 
 
@@ -372,7 +374,7 @@ def _stops_with(known: Known) -> bool:
 
 
 class _Killed(NamedTuple):
-    worker: int
+    worker: str
     starts: dict[int, str]
     until: float
 
@@ -386,20 +388,21 @@ class Trees:
         # One for all that is done in one round.
         self._table: ProcessTable | None = None
 
-    def hold(self, worker: ProcessHandle, stop: bool) -> None:
+    def hold(self, worker: ProcessHandle, stop: bool, name: str) -> None:
         """Hold what a worker has started, before it is signalled.
 
         Args:
             worker: The worker's process. Of one that has ended nothing is held.
             stop: Stop all of it, and the worker: it is about to be killed.
+            name: What the log is to call the worker.
         """
         if worker.pid not in self._workers:
             try:
-                self._workers[worker.pid] = _Worker(worker)
+                self._workers[worker.pid] = _Worker(worker, name)
             except ProcessLookupError:
                 return
             except OSError as error:
-                _tell_of_no_search(worker.pid, error)
+                _tell_of_no_search(name, error)
                 return
         self._workers[worker.pid].find(self._processes(), stop)
 
@@ -424,13 +427,13 @@ class Trees:
         finally:
             worker.close()
         if starts:
-            logger.warning("Killed what worker %s had started: %s", pid, _in_words(starts))
+            logger.warning("Killed what worker %s had started: %s", worker.name, _in_words(starts))
             until = _clock.monotonic() + UNKILLABLE_AFTER
-            self._killed.append(_Killed(pid, starts, until))
+            self._killed.append(_Killed(worker.name, starts, until))
         if worker.tree.others:
             logger.warning(
                 "Worker %s had started processes of other users, which are left alone: %s",
-                pid,
+                worker.name,
                 _in_words(worker.tree.others),
             )
 
