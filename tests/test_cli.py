@@ -149,7 +149,7 @@ def test_command_that_was_stopped_is_waited_for(run: Callable[..., Child]) -> No
         (["--max-interval", "-1", "--", "true"], "-1 is not a positive number"),
         (["--max-interval", "nan", "--", "true"], "nan is not a positive number"),
         (["--max-interval", "inf", "--", "true"], "inf is not a positive number"),
-        (["--max-interval", "soon", "--", "true"], "invalid"),
+        (["--max-interval", "soon", "--", "true"], "soon is not a positive number"),
     ],
 )
 def test_wrong_usage(

@@ -16,19 +16,23 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import inspect
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import pytest
 
 import elastic_timer
+from elastic_timer.api import _Unset
 from tests.support import REPOSITORY, Spawn
 
 DOCS = REPOSITORY / "docs"
@@ -217,6 +221,60 @@ def test_links_lead_somewhere(page: str) -> None:
         target = (REPOSITORY / page).parent / path if path else REPOSITORY / page
         assert target.exists(), link
         assert not heading or heading in headings(target.read_text()), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_tables_are_shown_as_such(page: str) -> None:
+    """Each has its line below the head: a row behind a blank line is a line of bars and text."""
+    text = re.sub(r"^```.*?^```$", "", PAGES[page], flags=re.M | re.S)
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        assert re.search(r"\A.*\n\|[-|: ]+\|\n", table), table
+
+
+def api_table(module: ModuleType) -> str:
+    """The public names of a module: how each is called, and the first line on it."""
+    rows = ["| | |", "|---|---|"]
+    for name in documented(module):
+        public = getattr(module, name)
+        rows.append(api_row(name, public))
+        for member, method in vars(public).items() if isinstance(public, type) else ():
+            if callable(method) and not member.startswith("_"):
+                rows.append(api_row(f"{name}.{member}", method))
+    return "\n".join(rows)
+
+
+def documented(module: ModuleType) -> list[str]:
+    """The names that the page of a module describes: those of its own."""
+    own = [name for name in module.__all__ if getattr(module, name).__module__ == module.__name__]
+    return sorted(own, key=lambda name: inspect.getsourcelines(getattr(module, name))[1])
+
+
+def api_row(name: str, public: Callable[..., object]) -> str:
+    """A row of it; without annotations, which would make it too wide."""
+    signature = inspect.signature(public)
+    parameters = [
+        parameter.replace(annotation=parameter.empty, default=shown_default(parameter.default))
+        for parameter in signature.parameters.values()
+        if parameter.name != "self"
+    ]
+    bare = signature.replace(parameters=parameters, return_annotation=signature.empty)
+    summary = (inspect.getdoc(public) or "").split("\n\n")[0].replace("\n", " ")
+    return f"| `{name}{bare}` | {summary} |".replace("Ellipsis", "...")
+
+
+def shown_default(default: object) -> object:
+    """A default by what can be written; of an object that stands for none, three dots."""
+    if isinstance(default, signal.Signals):
+        return default.value
+    return ... if isinstance(default, _Unset) else default
+
+
+@pytest.mark.parametrize("page", ["api", "file", "queue", "debug_info"])
+def test_reference_can_be_read_unbuilt(page: str) -> None:
+    """Before what Sphinx takes from the docstrings stands a table of it."""
+    text = PAGES[f"reference/{page}.md"]
+    (name,) = re.findall(r"automodule:: (\S+)", text)
+    assert api_table(importlib.import_module(name)) in text
 
 
 def headings(text: str) -> list[str]:

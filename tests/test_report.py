@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import os
 import random
 import re
 import subprocess
@@ -138,6 +139,34 @@ def test_no_hang(report: Report, tmp_path: Path) -> None:
     assert report(path) == (0, "elastic-timer: no hang in 1 file\n", "")
     path.write_bytes(b"")
     assert report(path, path) == (0, "elastic-timer: no hang in 2 files\n", "")
+
+
+def test_no_events(report: Report, tmp_path: Path) -> None:
+    """Of a file that is something else nothing is concluded, nor of one that is not there."""
+    log = tmp_path / "log"
+    log.write_text("elastic-timer 12:34:56.789: Reaped worker 4711\n")
+    missing = tmp_path / "missing"
+    complaints = (
+        f"elastic-timer: cannot read {log}: there are no events in it\n"
+        f"elastic-timer: cannot read {missing}: No such file or directory\n"
+    )
+    assert report(log, missing) == (1, "", complaints)
+    empty = tmp_path / "empty"
+    empty.touch()
+    assert report(empty) == (0, "elastic-timer: no hang in 1 file\n", "")
+
+
+def test_reader_that_has_seen_enough(spawn: Spawn, tmp_path: Path) -> None:
+    """A closed pipe is no wrong usage, and no error to make words about."""
+    path = tmp_path / "events"
+    path.write_bytes(lines_of(event(host(0))))
+    reader, writer = os.pipe()
+    os.close(reader)
+    children = [spawn(CLI, "report", *json, str(path), stdout=writer) for json in ([], ["--json"])]
+    os.close(writer)
+    for child in children:
+        assert child.wait() == 1
+        assert child.stderr_text() == ""
 
 
 def test_named_collective(report: Report, tmp_path: Path) -> None:

@@ -14,7 +14,62 @@ from pathlib import Path
 import pytest
 
 from elastic_timer._command.main import main
-from tests.support import CLI, Child, eventually, fill_pipe
+from tests.support import CLI, REPOSITORY, Child, eventually, fill_pipe
+
+# --- what it says of itself
+
+
+def test_usage(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """All options, in the order of the list below it; short lines; as the reference has it."""
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit) as exit_:
+        main(["run", "--help"])
+    assert exit_.value.code == 0
+    usage, _, options = capsys.readouterr().out.partition("\n\n")
+    listed = re.findall(r"^  (?:-h, )?(--[a-z-]+(?: [A-Z]+)?)", options, re.M)
+    assert ["--help", *re.findall(r"\[(--[a-z-]+(?: [A-Z]+)?)\]", usage)] == listed
+    assert usage.endswith(" -- COMMAND [ARG ...]")
+    assert max(map(len, usage.splitlines())) <= 80
+    page = (REPOSITORY / "docs/reference/command.md").read_text()
+    (shown,) = re.findall(r"```text\n(elastic-timer run .*?)```", page, re.S)
+    assert shown.split() == usage.replace(" [-h]", "").split()[1:]
+    described = re.findall(r"^`(--[^`]+)`$", page, re.M)[: len(listed) - 1]
+    assert described == listed[1:]
+
+
+def test_collective(run: Callable[..., Child], tmp_path: Path) -> None:
+    """Where the named function is all that tells two ranks apart, the log says so."""
+    script = tmp_path / "job.py"
+    script.write_text(
+        textwrap.dedent(
+            """
+            import os, subprocess, sys, time, elastic_timer
+
+            def meet(): time.sleep(60)
+            def load(): time.sleep(60)
+
+            def step(do):
+                with elastic_timer.expires(after=0.5, scope="step"):
+                    do()
+
+            if "RANK" in os.environ:
+                elastic_timer.configure()
+                step(meet if os.environ["RANK"] == "0" else load)
+            command = [sys.executable, __file__]
+            job = {**os.environ, "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": __file__}
+            ranks = [subprocess.Popen(command, env={**job, "RANK": rank}) for rank in "01"]
+            print([rank.wait() for rank in ranks])
+            """
+        )
+    )
+    child = run("--collective", "other", "--collective", "meet", "--", sys.executable, str(script))
+    assert child.wait() == 0
+    suspects = [line for line in child.stderr_text().splitlines() if "suspect" in line]
+    reason = "the only one that does not wait in a collective"
+    assert [re.sub(r"\(.*?\)", "()", line) for line in suspects] == [
+        f"suspect: rank 1 (), {reason}"
+    ]
+
 
 # --- a COMMAND without an interpreter's name
 
@@ -106,8 +161,8 @@ def test_s6_not_where_that_would_not_help(
 # --- the log
 
 
-def test_s8_time_and_rank(run: Callable[..., Child]) -> None:
-    """Each record has its time; its rank where it has one, and its traceback where there is one."""
+def test_s8_time(run: Callable[..., Child]) -> None:
+    """Each record has its time, and its traceback where there is one."""
     source = f"""
         import logging, time
         from elastic_timer._command import main as command
@@ -115,8 +170,7 @@ def test_s8_time_and_rank(run: Callable[..., Child]) -> None:
         def tell(*_):
             before = time.time()
             logger = logging.getLogger("elastic_timer")
-            logger.warning("%s of them", "all", extra={{"timer_rank": 3}})
-            logger.warning("none", extra={{"timer_rank": None}})
+            logger.warning("%s of them", "all")
             try:
                 raise ValueError("\\udcff")
             except ValueError:
@@ -130,14 +184,34 @@ def test_s8_time_and_rank(run: Callable[..., Child]) -> None:
     child = run("--", "true", source=source)
     before, after = map(float, child.readline().split())
     assert child.wait() == 0
-    ranked, plain, error, *traceback = child.stderr_text().splitlines()
-    for line, rest in ((ranked, " [rank 3]: all of them"), (plain, ": none"), (error, ": why")):
+    plain, error, *traceback = child.stderr_text().splitlines()
+    for line, rest in ((plain, ": all of them"), (error, ": why")):
         moment = line.removeprefix("elastic-timer ").removesuffix(rest)
         assert re.fullmatch(r"\d\d:\d\d:\d\d\.\d{3}", moment), line
         possible = {time.strftime("%H:%M:%S", time.localtime(t)) for t in (before, after)}
         assert moment[:8] in possible
     assert traceback[0].startswith("Traceback")
     assert traceback[-1] == "ValueError: \\udcff"
+
+
+def test_s8_rank(run: Callable[..., Child]) -> None:
+    """A line on a worker that was started with a rank says which, and says it once."""
+    worker = """
+        import time, elastic_timer
+        elastic_timer.configure()
+        with elastic_timer.expires(after=0.1, scope="too long"):
+            time.sleep(60)
+        """
+    command = ("env", "RANK=3", sys.executable, "-c", textwrap.dedent(worker))
+    child = run("--before-kill", "exit 5", "--", *command)
+    assert child.wait() == 128 + signal.SIGKILL
+    lines = [line for line in child.stderr_text().splitlines() if "worker" in line]
+    told = [re.sub(r"^.*?: ", "", line) for line in lines]
+    past, hook, reaped = (re.sub(r"worker \d+ \(rank 3\)", "WORKER", line) for line in told)
+    assert past.startswith("WORKER of run ")
+    assert hook == "--before-kill: ended with exit status 5 for WORKER"
+    assert reaped.startswith("Reaped WORKER with signal 9, ")
+    assert [line.count("rank 3") for line in lines] == [1, 1, 1]
 
 
 @pytest.fixture

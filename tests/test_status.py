@@ -244,6 +244,15 @@ def test_status_takes_no_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "status takes no COMMAND" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--json", "--stacks", "--watch"])
+def test_check_shows_nothing_else(capsys: pytest.CaptureFixture[str], option: str) -> None:
+    """What it would leave out is refused."""
+    with pytest.raises(SystemExit) as exit_:
+        main(["status", "--check", option])
+    assert exit_.value.code == 2
+    assert "leave out --json, --stacks, --watch" in capsys.readouterr().err
+
+
 def test_reader_that_has_seen_enough(server: FileTimerServer, fifo_path: str, spawn: Spawn) -> None:
     """A closed pipe is no error to make words about."""
     reader, writer = os.pipe()
@@ -494,7 +503,7 @@ SOON = 0.5
 def is_well(status: Status, path: str) -> None:
     """The probe says so, in one line."""
     told = status("--check", "--timer-file", path)
-    assert re.fullmatch(rf"{path}: ok, the last one \d+\.\d s ago\n", told)
+    assert re.fullmatch(rf"{path}: ok, the last round \d+\.\d s ago\n", told)
 
 
 def why_not(status: Status, path: str, within: float = SOON) -> str:
@@ -552,7 +561,7 @@ def test_check_of_a_server_whose_rounds_fail(
         patch.setattr(server, "_drop_exited", lambda: 1 / 0)
         # After each round that fails it pauses, and an answer takes some of these.
         eventually(lambda: snapshot(fifo_path)["last_round_age"] > 1.5)
-        assert "the watchdog makes no rounds, the last one" in why_not(status, fifo_path, 1.5)
+        assert "the watchdog makes no rounds, the last round" in why_not(status, fifo_path, 1.5)
     is_well(status, fifo_path)
 
 

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING
 
 from elastic_timer._server.callbacks import contained_logger
-from elastic_timer._server.events import TimerExpired
+from elastic_timer._server.events import TimerExpired, named
 
 if TYPE_CHECKING:
     from elastic_timer import FileTimerRequest
@@ -57,11 +57,12 @@ class BeforeKill:
         # Not waited for yet, the number is the command's and its children's even when it has ended.
         os.killpg(pid, signal.SIGKILL)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        worker = named(expiry.pid, expiry.rank)
         if not has_ended:
-            logger.warning("--before-kill: not done with worker %s in time, killed", expiry.pid)
+            logger.warning("--before-kill: not done with worker %s in time, killed", worker)
         elif code:
             how = f"exit status {code}" if code > 0 else f"signal {-code}"
-            logger.warning("--before-kill: ended with %s for worker %s", how, expiry.pid)
+            logger.warning("--before-kill: ended with %s for worker %s", how, worker)
 
     def close(self) -> None:
         """Kill what still runs, and run nothing more."""

@@ -115,12 +115,12 @@ def demo() -> int:
     logging.getLogger("elastic_timer").setLevel(logging.CRITICAL)
     with tempfile.TemporaryDirectory(prefix="elastic-timer-") as folder:
         job = _Job(folder)
-        try:
-            with job.server:
+        with job.server:
+            try:
                 job.run()
-            return job.conclude()
-        finally:
-            job.clear()
+            finally:
+                job.clear()  # Before the server, which they would complain of the loss of.
+        return job.conclude()
 
 
 class _Job:
@@ -137,6 +137,7 @@ class _Job:
         self._reaped: list[int | None] = []
         self._is_done = False
         self._telling = threading.Lock()
+        self._was_told = threading.Event()
         self.server = FileTimerServer(self._timer_file, "demo", kill_tree=True)
         self.server.subscribe(self._happened, TimerReleased, JobHangs, WorkerSignalled)
 
@@ -199,6 +200,8 @@ class _Job:
             codes = [rank.poll() for rank in self._ranks]
             for rank, code in enumerate(codes):
                 if code:
+                    # It may be seen before the listener tells of the reap; it is told afterwards.
+                    self._was_told.wait(1)
                     how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
                     return f"rank {rank} dead ({how})"
             if not any(code is None for code in codes):
@@ -237,6 +240,7 @@ class _Job:
             self._reaped.append(event.rank)
             late = f"{1000 * event.seconds_late:.0f} ms after its deadline"
             self._tell(f"the server reaps rank {event.rank} and its child, {late}", "1;31")
+            self._was_told.set()
 
     def _tell(self, what: str, colour: str = "0") -> None:
         moment = f"{time.monotonic() - self._started:6.2f} s  "

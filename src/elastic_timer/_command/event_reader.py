@@ -81,13 +81,17 @@ class EventReader:
         last: dict[bytes, bytes] = {}
         try:
             with open(path, "rb") as stream:
+                line, has_events = b"", False
                 for line in _lines(stream):
+                    has_events = has_events or b'"event"' in line
                     if _PICTURE.encode() in line:
                         file.broken += not self._take(line)
                     elif not line.endswith(b"\n"):
                         file.broken += 1
                     elif match := _BLOCKS_EVENT.match(line):
                         last[match[1]] = line
+                if line and not has_events:
+                    file.error = "there are no events in it"
         except OSError as error:
             file.error = error.strerror or str(error)
         for line in last.values():

@@ -17,6 +17,15 @@ from elastic_timer._command.run import ENDED_BY_SIGNAL, Options, run
 
 _STDERR = 2
 
+# As docs/reference/command.md has it: argparse knows nothing of COMMAND, nor of an order.
+_RUN_USAGE = """\
+elastic-timer run [-h] [--timer-file PATH] [--max-interval SECONDS]
+                         [--run-id ID] [--dry-run] [--summary] [--events FILE]
+                         [--kill-tree] [--native] [--collective NAME]
+                         [--before-kill COMMAND]
+                         [--before-kill-timeout SECONDS]
+                         -- COMMAND [ARG ...]"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
@@ -37,14 +46,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = "; write -- before COMMAND" if is_command else ""
         options.parser.error(f"unrecognized arguments: {' '.join(unknown)}{hint}")
     logging.basicConfig(
-        format="elastic-timer %(asctime)s.%(msecs)03d%(whose)s: %(message)s",
+        format="elastic-timer %(asctime)s.%(msecs)03d: %(message)s",
         datefmt="%H:%M:%S",
         handlers=[_StderrHandler()],
     )
     try:
-        return options.action(options)  # type: ignore[no-any-return]  # argparse has no types.
+        status: int = options.action(options)
+        sys.stdout.flush()
+        return status
     except KeyboardInterrupt:
         return ENDED_BY_SIGNAL + signal.SIGINT
+    except BrokenPipeError:
+        # Whoever read has seen enough. Python would complain of it once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -55,15 +70,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     actions = parser.add_subparsers(metavar="{demo,report,run,status}", required=True)
 
-    demo = actions.add_parser("demo", help="see two stuck workers reaped, in a few seconds")
+    demo = actions.add_parser(
+        "demo", help="see a rank that hangs found and reaped, and its job go on"
+    )
     demo.set_defaults(action=_demo, parser=demo)
 
     runs = actions.add_parser(
         "run",
         help="run a command with a timer server beside it",
-        usage="elastic-timer run [--timer-file PATH] [--max-interval SECONDS] [--run-id ID] "
-        "[--events FILE] [--kill-tree] [--native] [--before-kill COMMAND] "
-        "[--before-kill-timeout SECONDS] [--summary] [--dry-run] -- COMMAND [ARG ...]",
+        usage=_RUN_USAGE,
         description="Starts a timer server and then COMMAND, with TORCHELASTIC_TIMER_FILE set: "
         "every Python process below it can call elastic_timer.configure() and use expires(). "
         "Signals are handed on to COMMAND; the exit status is COMMAND's own.",
@@ -88,6 +103,16 @@ def _parser() -> argparse.ArgumentParser:
         help="name of this run in logs and events (default: run-PID)",
     )
     runs.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="report who overruns a deadline, and signal nobody",
+    )
+    runs.add_argument(
+        "--summary",
+        action="store_true",
+        help="print at the end what each block took, and which deadline fits it",
+    )
+    runs.add_argument(
         "--events", metavar="FILE", help="append one JSON object per event, one a line"
     )
     runs.add_argument(
@@ -100,6 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="have C frames in the stacks too, which takes longer",
     )
+    _add_collective(runs)
     runs.add_argument(
         "--before-kill",
         metavar="COMMAND",
@@ -111,16 +137,6 @@ def _parser() -> argparse.ArgumentParser:
         type=_positive_seconds,
         default=10.0,
         help="how long that may take (default: %(default)g)",
-    )
-    runs.add_argument(
-        "--summary",
-        action="store_true",
-        help="print at the end what each block took, and which deadline fits it",
-    )
-    runs.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="report who overruns a deadline, and signal nobody",
     )
     runs.set_defaults(action=_run, parser=runs)
 
@@ -137,18 +153,23 @@ def _parser() -> argparse.ArgumentParser:
         "--folded", metavar="FILE", help="write the stacks in the format of flame graph viewers"
     )
     reports.add_argument("--json", action="store_true", help="print all that is known as JSON")
-    reports.add_argument(
+    _add_collective(reports)
+    reports.set_defaults(action=_report, parser=reports)
+
+    _add_status(actions)
+    return parser
+
+
+def _add_collective(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
         "--collective",
         metavar="NAME",
+        dest="collectives",
         action="append",
         default=[],
         help="a function in which ranks wait for each other, besides those of torch.distributed: "
         "its name, or FILE:FUNCTION; may be given several times",
     )
-    reports.set_defaults(action=_report, parser=reports)
-
-    _add_status(actions)
-    return parser
 
 
 def _add_status(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -188,8 +209,9 @@ def _add_status(actions: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def _positive_seconds(text: str) -> float:
-    if 0 < float(text) < math.inf:
-        return float(text)
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
     raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
 
 
@@ -206,6 +228,8 @@ def _status(options: argparse.Namespace) -> int:
 
     if options.command:
         options.parser.error("status takes no COMMAND")
+    if options.check and (options.json or options.stacks or options.watch is not None):
+        options.parser.error("--check says one thing, once: leave out --json, --stacks, --watch")
     asked = {field.name: getattr(options, field.name) for field in fields(StatusOptions)}
     return status(StatusOptions(**asked))
 
@@ -221,8 +245,10 @@ def _report(options: argparse.Namespace) -> int:
             options.events,
             folded=options.folded,
             as_json=options.json,
-            collectives=options.collective,
+            collectives=options.collectives,
         )
+    except BrokenPipeError:
+        raise
     except OSError as error:
         parser.error(str(error))
 
@@ -242,15 +268,13 @@ def _run(options: argparse.Namespace) -> int:
 
 
 class _StderrHandler(logging.Handler):
-    """Writes records to stderr, each with its time and, where it has one, its worker's rank.
+    """Writes records to stderr, each with its time.
 
     It has neither a lock nor a buffer: where stderr is a pipe that nobody reads, a thread that
     writes a record stays there, and the process has to end without it.
     """
 
     def handle(self, record: logging.LogRecord) -> bool:
-        rank = getattr(record, "timer_rank", None)
-        record.whose = "" if rank is None else f" [rank {rank}]"
         line = self.format(record) + "\n"
         with contextlib.suppress(OSError):
             os.write(_STDERR, line.encode(errors="backslashreplace"))

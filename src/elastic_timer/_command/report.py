@@ -61,7 +61,7 @@ def report(
     if as_json:
         _write_json(sys.stdout, reader, hangs, answers, collectives)
     else:
-        _print_hangs(hangs, answers, len(reader.files))
+        _print_hangs(hangs, answers, sum(file.error is None for file in reader.files))
         if reader.blocks:
             print("\nwhat the blocks took")
             print(block_table(reader.blocks.values()))
@@ -81,7 +81,7 @@ def _complain(files: Sequence[File]) -> None:
 
 
 def _print_hangs(hangs: Sequence[Hang], answers: Sequence[Answer], files: int) -> None:
-    if not hangs:
+    if not hangs and files:
         print(f"elastic-timer: no hang in {files} {'file' if files == 1 else 'files'}")
     for number, (hang, answer) in enumerate(zip(hangs, answers, strict=True), 1):
         which = f"hang {number} of {len(hangs)}: " if len(hangs) > 1 else ""

@@ -10,7 +10,7 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 from elastic_timer import FileTimerServer
 from elastic_timer._command import torchrun
@@ -21,7 +21,7 @@ from elastic_timer._command.leftovers import Leftovers
 from elastic_timer._command.systemd import Notifier, remove_variables
 from elastic_timer._server.callbacks import PATIENCE, contained_logger, flush_log
 from elastic_timer._server.events import BlocksMeasured, Event, WatchdogRound
-from elastic_timer.debug_info_logging import set_native_stacks
+from elastic_timer.debug_info_logging import add_collective, set_native_stacks
 
 # A stderr that nobody reads must not keep signals from COMMAND.
 logger = contained_logger(__name__)
@@ -58,6 +58,7 @@ class Options:
         kill_tree: Whether what a worker has started is killed with it, and what COMMAND has left
             behind at its end.
         native: Whether stacks are to have C frames too.
+        collectives: Functions that wait for other ranks, besides those of `torch.distributed`.
         before_kill: A command to be run for each worker about to be signalled; None for none.
         before_kill_timeout: How many seconds it may take.
         summary: Whether to print at the end what the blocks took.
@@ -71,6 +72,7 @@ class Options:
     events: str | None = None
     kill_tree: bool = False
     native: bool = False
+    collectives: Sequence[str] = ()
     before_kill: str | None = None
     before_kill_timeout: float = 10.0
     summary: bool = False
@@ -118,6 +120,8 @@ def run(options: Options) -> int:
                 cleanup.callback(hook.close)
                 server.before_signal(hook, timeout + _BEFORE_KILL_END)
             set_native_stacks(options.native)
+            for name in options.collectives:
+                add_collective(name)
             if options.summary:
                 summary = Summary()
                 server.subscribe(summary.note, BlocksMeasured)

@@ -71,19 +71,14 @@ class _Server:
 
 def status(options: StatusOptions) -> int:
     """Show it; the exit status: 0 where all servers have answered, and there is one."""
-    try:
-        if options.check:
-            return _check(options)
-        if options.watch is not None:
-            return _watch(options, options.watch)
-        servers = _ask(options, _PATIENCE)
-        _print(_lines(options, servers, _style()))
-        _complain(options, servers)
-        return 0 if servers and all(server.answer for server in servers) else 1
-    except BrokenPipeError:
-        # Whoever read has seen enough. Python would complain of it once more at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    if options.check:
+        return _check(options)
+    if options.watch is not None:
+        return _watch(options, options.watch)
+    servers = _ask(options, _PATIENCE)
+    _print(_lines(options, servers, _style()))
+    _complain(options, servers)
+    return 0 if servers and all(server.answer for server in servers) else 1
 
 
 def _check(options: StatusOptions) -> int:
@@ -101,7 +96,7 @@ def _check(options: StatusOptions) -> int:
         is_well = is_well and not is_late
         print(
             f"{server.path}: {'the watchdog makes no rounds' if is_late else 'ok'}, "
-            f"the last one {age:.1f} s ago"
+            f"the last round {age:.1f} s ago"
         )
     return 0 if is_well else 1
 

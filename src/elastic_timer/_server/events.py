@@ -13,6 +13,11 @@ from elastic_timer._server.callbacks import Callbacks
 _Request = TypeVar("_Request")
 
 
+def named(pid: int, rank: int | None) -> str:
+    """A worker as the log has it: its pid and, where it was started with one, its rank."""
+    return str(pid) if rank is None else f"{pid} (rank {rank})"
+
+
 @dataclasses.dataclass(frozen=True)
 class Event:
     """Something that happened, at `time` (epoch seconds)."""

@@ -30,6 +30,7 @@ from elastic_timer._server.events import (
     WorkerExited,
     WorkerSignalled,
     WorkerSpared,
+    named,
 )
 from elastic_timer._server.inquests import Inquests
 from elastic_timer._server.process import is_running, refusal, state_of
@@ -633,13 +634,20 @@ class ProcessServer(abc.ABC, Generic[_R]):
             if signal > 0:
                 break
         else:
-            logger.info("Worker %s is not signalled: its expired timers only report", pid)
+            logger.info(
+                "Worker %s is not signalled: its expired timers only report",
+                self._workers.name(pid),
+            )
             self._workers.drop(timers)
             return
         # Asked here too, as to try again would help nobody.
         reason = refusal(pid)
         if reason is not None:
-            logger.warning("Worker %s has overrun its deadline, and is left alone: %s", pid, reason)
+            logger.warning(
+                "Worker %s has overrun its deadline, and is left alone: %s",
+                self._workers.name(pid),
+                reason,
+            )
             self._workers.drop(timers)
             return
         scopes = [expired.scope_id for expired in timers]
@@ -663,7 +671,10 @@ class ProcessServer(abc.ABC, Generic[_R]):
             return
         pause = self._signal(pid, signal)
         if pause is not None:
-            logger.error("Worker %s could not be signalled; trying again until it can be", pid)
+            logger.error(
+                "Worker %s could not be signalled; trying again until it can be",
+                self._workers.name(pid),
+            )
             longest = min(_RETRY, self._max_interval)
             pause = min(longest, max(pause, 2 * self._retries[pid].pause if is_retry else 0.0))
             self._retries[pid] = _Retry(_clock.monotonic() + pause, pause, timer.scope_id)
@@ -698,7 +709,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
             pause = None if self._send_signal(pid, signal) else _RETRY
         # The hook may be anybody's. Whatever it raises, the deadlines of others are kept.
         except BaseException:
-            logger.exception("Error signalling worker %s", pid)
+            logger.exception("Error signalling worker %s", self._workers.name(pid))
         if self._workers.was_killed(pid):
             self._with_tree(lambda: self._trees.kill(pid))
         elif pause is None:
@@ -780,7 +791,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
                 logger.error(
                     "Worker %s is still there %.0f s after SIGKILL, in state %s; it hangs in the "
                     "kernel, which alone can end it",
-                    pid,
+                    self._workers.name(pid),
                     _UNKILLABLE_AFTER,
                     state_of(pid),
                 )
@@ -793,7 +804,11 @@ class ProcessServer(abc.ABC, Generic[_R]):
             ):
                 continue
             elif self._signal(pid, signals.SIGKILL) is None:
-                logger.warning("Worker %s outlived signal %s; sent SIGKILL", pid, followed.signal)
+                logger.warning(
+                    "Worker %s outlived signal %s; sent SIGKILL",
+                    self._workers.name(pid),
+                    followed.signal,
+                )
                 del self._signalled[pid]
                 self._note_signal(pid, followed.timer, signals.SIGKILL)
             else:
@@ -885,10 +900,9 @@ class ProcessServer(abc.ABC, Generic[_R]):
     def _log_signalled(self, event: Event) -> None:
         assert isinstance(event, (WorkerSignalled, WorkerSpared))
         logging.getLogger(__name__).warning(
-            "%s worker %s%s with signal %s, %.3f s after its deadline: %s",
+            "%s worker %s with signal %s, %.3f s after its deadline: %s",
             "Reaped" if isinstance(event, WorkerSignalled) else "Dry run: would have reaped",
-            event.pid,
-            "" if event.rank is None else f" (rank {event.rank})",
+            named(event.pid, event.rank),
             event.signal,
             event.seconds_late,
             event.scopes,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 from elastic_timer import _clock
 from elastic_timer._server.blocks import Blocks, block_of
 from elastic_timer._server.callbacks import contained_logger
+from elastic_timer._server.events import named
 from elastic_timer._server.process import (
     ProcessHandle,
     SpareDescriptor,
@@ -289,14 +290,14 @@ class Workers(Generic[_Request]):
         """
         reason = refusal(pid)
         if reason is not None:
-            logger.warning("Refused to signal %s: %s", pid, reason)
+            logger.warning("Refused to signal %s: %s", self.name(pid), reason)
             return False
         try:
             self._send(pid, signal)
         except ProcessLookupError:
-            logger.info("Worker %s is gone already", pid)
+            logger.info("Worker %s is gone already", self.name(pid))
         except OSError as error:
-            logger.error("Worker %s can't be sent signal %s: %s", pid, signal, error)
+            logger.error("Worker %s can't be sent signal %s: %s", self.name(pid), signal, error)
             return False
         return True
 
@@ -308,6 +309,10 @@ class Workers(Generic[_Request]):
         """The rank of a worker in its job and on this host; None where it has none."""
         worker = self._workers.get(pid)
         return (None, None) if worker is None else (worker.rank, worker.local_rank)
+
+    def name(self, pid: int) -> str:
+        """A worker as the log has it."""
+        return named(pid, self.ranks(pid)[0])
 
     def passes(self, pid: int) -> Mapping[str, int]:
         """How often a worker has entered each block; an acquire of a timer it holds is no entry."""
@@ -390,7 +395,8 @@ class Workers(Generic[_Request]):
         for worker in gone:
             if worker.scopes:
                 logger.info(
-                    "Worker %s has exited without releasing its timers; dropped them", worker.pid
+                    "Worker %s has exited without releasing its timers; dropped them",
+                    named(worker.pid, worker.rank),
                 )
         return gone
 
