@@ -25,6 +25,7 @@ ENDS: dict[Behaviour, int] = {
     workers.nest: 0,
     workers.prolong: 0,
     workers.flood: 0,
+    workers.hoard: 0,
     workers.last: 0,
     workers.leave: 0,
     workers.wait_for_a_signal: -signal.SIGUSR1,

@@ -42,7 +42,7 @@ ALIVE = 60
 """How many workers are kept alive."""
 
 FEWEST_ALIVE = 40
-"""How many there must be on average, once all of them have been started."""
+"""How many there must be on average, once so many have been started."""
 
 BUSY = 50
 """With fewer the machine is too busy for more starts, and those are started that last."""
@@ -151,7 +151,8 @@ class Storm:
             TREES: Place(tree, plain, kill_tree=True, stacks=stacks),
         }
         self._mortal = MortalPlace(mortal, self._dice) if kind == "file" else None
-        self._kinds = kinds_over(kind)
+        # The kinds that come next: each of them comes up as often, in a short storm as well.
+        self._bag: list[Behaviour] = []
         self._alive: dict[int, Worker] = {}
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._truth_fd, selectors.EVENT_READ)
@@ -172,7 +173,7 @@ class Storm:
         self.overran = 0
         self.wrong = 0
         self.left_behind = 0
-        # How many workers were alive, from the moment on that all had been started.
+        # How many workers were alive, from the moment on that so many had been started.
         self._counts: list[int] = []
         self.growth = 0
 
@@ -243,12 +244,19 @@ class Storm:
         while time.monotonic() < until:
             # One at a time: on a busy machine many forks take long, and deaths would be seen late.
             if is_short := self._count() < ALIVE:
-                is_busy = self._counts and self._count() < BUSY
-                kind = workers.last if is_busy else self._dice.choice(self._kinds)
+                kind = self._choose()
                 self._plan(self._start(kind, self._dice.choice(places_of(kind, self._kind))))
             self._watch(0 if is_short else 0.05)
-            if self._counts or self._count() >= ALIVE:
+            if self.started >= ALIVE:
                 self._counts.append(self._count())
+
+    def _choose(self) -> Behaviour:
+        if self.started >= ALIVE and self._count() < BUSY:
+            return workers.last
+        if not self._bag:
+            self._bag = kinds_over(self._kind)
+            self._dice.shuffle(self._bag)
+        return self._bag.pop()
 
     def _count(self) -> int:
         return len(self._alive) - len(self._bystanders)

@@ -129,6 +129,13 @@ def flood(stage: Stage) -> None:
             pass
 
 
+def hoard(stage: Stage) -> None:
+    """Hold so many timers that who asks for the server's status has to read for a while."""
+    for number in range(stage.dice.randrange(500, 3000)):
+        stage.client.acquire(f"{number} of many", time.time() + FAR)
+    time.sleep(stage.dice.uniform(1, 3))
+
+
 def last(stage: Stage) -> None:
     """In a block for long."""
     with expires(after=FAR, client=stage.client):
@@ -375,9 +382,9 @@ def draw_near(stage: Stage) -> None:
 def pause(stage: Stage) -> None:
     """Pause for longer than the time, and leave in good time then."""
     with expires(after=2, client=stage.client) as block:
-        for _ in range(2):
+        for seconds in (2.5, 0.2):
             with block.paused():
-                time.sleep(1.2)
+                time.sleep(seconds)
 
 
 def hang_after_a_pause(stage: Stage) -> None:
