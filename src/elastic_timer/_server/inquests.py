@@ -131,11 +131,16 @@ class Inquests:
         """Whether `conclude` was called for a worker's; so where there is none."""
         return pid not in self._inquests or self._inquests[pid].is_concluded
 
-    def conclude(self, pid: int) -> Mapping[str, object] | None:
-        """Wait no longer for what there is to be found out of a worker; what was found."""
+    def conclude(self, pid: int, name: str) -> Mapping[str, object] | None:
+        """Wait no longer for what there is to be found out of a worker; what was found.
+
+        Args:
+            pid: The worker.
+            name: What the log calls it.
+        """
         inquest = self._inquests[pid]
         if not (inquest.is_done or self._is_blocked):
-            logger.warning("No evidence on worker %s in time; the watchdog goes on without", pid)
+            logger.warning("No evidence on worker %s in time; the watchdog goes on without", name)
             self._is_blocked = True
         # Another one: what comes too late must not end what the signal waits for from now on.
         self._inquests[pid] = dataclasses.replace(inquest, is_done=True, is_concluded=True)

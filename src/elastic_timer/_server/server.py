@@ -512,7 +512,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
         if not self._inquests.is_over(pid):
             return self._inquests.is_concluded(pid) and self._is_ending()
         if not self._inquests.is_concluded(pid):
-            self._announce(pid, timers, self._inquests.conclude(pid))
+            evidence = self._inquests.conclude(pid, self._workers.name(pid))
+            self._announce(pid, timers, evidence)
         return self._inquests.is_over(pid)
 
     def _announce(self, pid: int, timers: list[_R], evidence: Mapping[str, object] | None) -> None:
@@ -788,12 +789,16 @@ class ProcessServer(abc.ABC, Generic[_R]):
                 continue
             elif self._workers.was_killed(pid):
                 del self._signalled[pid]
+                state = state_of(pid)
                 logger.error(
-                    "Worker %s is still there %.0f s after SIGKILL, in state %s; it hangs in the "
-                    "kernel, which alone can end it",
+                    "Worker %s is still there %.0f s after SIGKILL, in state %s; %s",
                     self._workers.name(pid),
                     _UNKILLABLE_AFTER,
-                    state_of(pid),
+                    state,
+                    # At work on its end, which a busy processor or much memory makes long.
+                    "it is about to end, and slow at that"
+                    if state == "R"
+                    else "it hangs in the kernel, which alone can end it",
                 )
             elif (
                 (self._take_last_minute() and pid not in self._signalled)
