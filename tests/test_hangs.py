@@ -17,7 +17,7 @@ from tests.picture_support import NOW, WAITS, member, picture
 def sighting(
     number: int,
     time: float = 0.0,
-    seconds: float = 60.0,
+    seconds: float | None = 60.0,
     job: dict[str, Any] | None = None,
     **changes: Any,
 ) -> Sighting:
@@ -47,13 +47,17 @@ def test_later_hang() -> None:
     """Blocks that began after the others were seen are of another one."""
     assert hosts_of(hangs_of([sighting(0), sighting(1, 70, 60)])) == [["node-0"], ["node-1"]]
     # Give or take what clocks differ by.
-    assert len(hangs_of([sighting(0), sighting(1, 64, 60)])) == 1
+    assert len(hangs_of([sighting(0), sighting(1, 65, 60)])) == 1
+    assert len(hangs_of([sighting(0), sighting(1, 65.5, 60)])) == 2
     # Of a worker whose time is not over, and of one in no block, it does not count for how long.
     later = sighting(1, 70, 60)
     first, second, *_ = later.picture["members"]
     first["seconds"], first["expired"] = 500.0, False
     second["seconds"] = None
     assert len(hangs_of([sighting(0), later])) == 2
+    # Nor where there are only such.
+    for unknown in ({"seconds": None}, {"expired": False}):
+        assert len(hangs_of([sighting(0), sighting(1, 5.5, **unknown)])) == 2
 
 
 def test_same_ranks_in_other_processes() -> None:
@@ -84,8 +88,10 @@ def test_jobs_of_one_name() -> None:
 
 
 def test_picture_of_nobody() -> None:
-    """It is no hang."""
-    assert hangs_of([Sighting(NOW, "node-0", picture([]))]) == []
+    """It is no hang, and others are none the less."""
+    nobody = Sighting(NOW - 1, "node-0", picture([]))
+    assert hangs_of([nobody]) == []
+    assert len(hangs_of([nobody, sighting(0)])) == 1
 
 
 @given(

@@ -13,6 +13,7 @@ from tests.picture_support import (
     RECORDED,
     TORCH,
     WAITS,
+    WRAPPER,
     picture,
     recorded,
     thread,
@@ -151,6 +152,28 @@ def test_program_that_is_installed() -> None:
     assert describe_frames(at("wait (/a/cuda/__init__.py:9)").shown) == "wait (cuda/__init__.py:9)"
 
 
+def test_few_frames_tell_it() -> None:
+    """The three innermost of the program, and what everything is in tells nothing."""
+    assert describe_frames(at("c (a.py:3)", "b (a.py:2)", "<module> (a.py:1)").shown) == (
+        "c (a.py:3) < b (a.py:2)"
+    )
+    shown = at("e (a.py:5)", "d (a.py:4)", "c (a.py:3)", "b (a.py:2)", *MAIN).shown
+    assert [frame["function"] for frame in shown] == ["e", "d", "c"]
+
+
+def test_function_within_a_function() -> None:
+    """It is called by its own name."""
+    assert at("train.<locals>.closure (train.py:5)", *MAIN).key == ("closure (train.py:5)", "")
+
+
+def test_frames_of_this_package() -> None:
+    """They are not the program's, but for those of the demo, which is one."""
+    package = "/home/me/src/elastic_timer"
+    assert at(f"call ({package}/api.py:5)", *MAIN).key == ("main (train.py:71)", "call")
+    assert at(f"send ({package}/_worker/holds.py:5)", *MAIN).key == ("main (train.py:71)", "send")
+    assert at(f"step ({package}/_command/demo.py:5)", *MAIN).key == ("step (demo.py:5)", "")
+
+
 def test_folder_named_torch() -> None:
     """A program of somebody's own may be in one."""
     assert at("step (/home/me/torch/train.py:9)", *MAIN).key[0] == "step (train.py:9)"
@@ -203,15 +226,26 @@ def test_named_collective(name: str) -> None:
         assert not place.in_collective
 
 
+def test_wrapper_of_collectives() -> None:
+    """Torch's, which logs each of them, is none itself; Python 3.10 tells less of its name."""
+    for wrapper in (WRAPPER, WRAPPER.replace("_exception_logger.<locals>.", "")):
+        place = at(WAITS[0], wrapper, "step (train.py:88)", *MAIN)
+        assert place.shown[0]["function"] == "all_reduce"
+        assert not at(wrapper, "step (train.py:88)", *MAIN).in_collective
+
+
 def test_named_method() -> None:
     """With its class or without; a name of C++ is none of a file."""
     stack = [
         thread("c10d::Store::wait (/usr/lib/libtorch.so:0)", "Loss.reduce (train.py:5)", *MAIN)
     ]
-    for name in ("reduce", "Loss.reduce", "train.py:Loss.reduce", "c10d::Store::wait"):
-        place = place_of(stack, [name])
-        assert place is not None
-        assert place.in_collective
+    names = ("reduce", "Loss.reduce", "train.py:Loss.reduce", "c10d::Store::wait")
+    for file in ("/home/me/train.py", "train.py"):
+        stack[0]["frames"][-2]["file"] = file
+        for name in names:
+            place = place_of(stack, [name])
+            assert place is not None
+            assert place.in_collective
 
 
 # Threads and backward passes ----------------------------------------------------------------------
@@ -253,8 +287,8 @@ def test_backward_pass() -> None:
     place = place_of([main, thread("hook (train.py:5)")])
     assert place is not None
     assert not place.in_collective
-    # A thread of Python's is none of the engine's.
-    place = place_of([main, thread("prefetch (data.py:5)", *STARTED)])
+    # A thread of Python's is none of the engine's, nor is one of which there are no frames.
+    place = place_of([main, thread(), thread("prefetch (data.py:5)", *STARTED)])
     assert place is not None
     assert place.in_collective
 
@@ -268,6 +302,8 @@ def test_frames_in_c() -> None:
     waits = at(*COLLECTIVE, "step (train.py:53)", *MAIN)
     assert waits.in_collective
     assert not at(*NATIVE, "step (train.py:53)", *MAIN).in_collective
+    gloo = (*NATIVE, f"gloo::transport::tcp::Pair::recv ({TORCH}/lib/libtorch_cpu.so:0)")
+    assert at(*gloo, "step (train.py:53)", *MAIN).in_collective
     assert waits.key == at("step (train.py:53)", *MAIN).key
     assert waits.shown == at("step (train.py:53)", *MAIN).shown
     # They are of the innermost function: outside of it the collective is over.
@@ -310,6 +346,8 @@ def test_child_at_work() -> None:
     waits = f"Queue.get ({STANDARD}/multiprocessing/queues.py:113)"
     assert is_at_work([thread(*LOADS, *FORKED)])
     assert not is_at_work([thread(waits, *FORKED)])
+    assert not is_at_work([thread(waits, *FORKED[:2], MAIN[0])])
+    assert not is_at_work([thread(*FORKED[1:])])
     assert not is_at_work([])
     assert not is_at_work(None)
     assert not is_at_work([thread()])

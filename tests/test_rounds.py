@@ -7,11 +7,12 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
-from elastic_timer import FileTimerClient, FileTimerRequest, FileTimerServer
+from elastic_timer import FileTimerClient, FileTimerRequest, FileTimerServer, expires
 from elastic_timer._server import server as _server
 from elastic_timer._server.process import ProcessHandle
 from elastic_timer.debug_info_logging import add_debug_info_handler, remove_debug_info_handler
@@ -33,6 +34,15 @@ def ignore_and_overrun(channel: Any, client: FileTimerClient, after: float) -> N
     """A worker that overruns, and does not mind SIGTERM."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     overrun(channel, client, after)
+
+
+def overrun_at_work(channel: Any, client: FileTimerClient, after: float) -> None:
+    """A worker that overruns in a loop, at a low priority."""
+    os.nice(10)
+    channel.send(time.monotonic() + after)
+    with expires(after=after, client=client):
+        while True:
+            pass
 
 
 # The hook that signals --------------------------------------------------------------------------
@@ -268,14 +278,23 @@ def test_second_signal_is_tried_until_it_is_sent(fifo_path: str, fork_worker: Fo
     assert second - first >= 0.9
 
 
+@pytest.mark.parametrize(
+    ("hang", "told"),
+    [
+        (overrun, "in state S; it hangs in the kernel, which alone can end it"),
+        (overrun_at_work, "in state R; it is about to end, and slow at that"),
+    ],
+)
 def test_worker_that_outlives_sigkill_is_reported_once(
+    hang: Callable[..., None],
+    told: str,
     fifo_path: str,
     fork_worker: Fork,
     client: FileTimerClient,
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It hangs in the kernel: one error with its state, and the rounds go on."""
+    """One error with its state and what that means, and the rounds go on."""
     monkeypatch.setattr(_server, "_UNKILLABLE_AFTER", 0.3)
     send = ProcessHandle.send
     spared: list[int] = []
@@ -287,7 +306,7 @@ def test_worker_that_outlives_sigkill_is_reported_once(
 
     monkeypatch.setattr(ProcessHandle, "send", send_in_vain)
     with running(FileTimerServer(fifo_path, "run", 0.05)):
-        worker = fork_worker(overrun, client, 0.2)
+        worker = fork_worker(hang, client, 0.2)
         spared.append(worker.pid)
         deadline = worker.receive()
         eventually(lambda: f"Worker {worker.pid} is still there" in caplog.text)
@@ -296,5 +315,5 @@ def test_worker_that_outlives_sigkill_is_reported_once(
         assert_reaped_in_time(other, other.receive())
     errors = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
     assert len(errors) == 1
-    assert "in state S" in errors[0]
+    assert told in errors[0]
     assert is_alive(worker)

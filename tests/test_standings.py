@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from elastic_timer._server.job import Standing
+from elastic_timer._server.job import Job, Standing
 from tests.servers import Link
 from tests.support import FAR, Child, Spawn, eventually, running
 
@@ -106,3 +106,13 @@ def test_those_of_its_job_are_with_it(link: Link, server: Any, spawn: Spawn) -> 
     assert pids(alone) == {alone}
     assert pids(unknown) == set()
     assert standing(server, first)[1:3] == (0, None)
+
+
+def test_standing_by_itself() -> None:
+    """Peers have those with a rank in a job; who holds no timer has none that is due."""
+    job = Job("nightly", 2, None)
+    assert Standing(1, 0, None, job).is_in_a_job() is True
+    assert Standing(1, None, None, job).is_in_a_job() is False
+    assert Standing(1, 0, None, None).is_in_a_job() is False
+    assert Standing(1, None, None, None).is_in_a_job() is False
+    assert Standing(1, 0, None, job).expired is False

@@ -4,8 +4,9 @@
 
 makes each of the changes of `mutants.py` in turn, runs the module's tests, and names the mutants
 that survive. Those in `equivalent.py` are known to change nothing that could be told; the exit
-status is 1 if another one survives, or if less than 97 % of all are killed. It takes some minutes,
-though each mutant is loaded from memory in a fork that has pytest loaded already.
+status is 1 if another one survives, or if less than 97 % of all are killed. Each mutant is put into
+a fork of a process that has collected the tests, of which the quickest come first; all of them
+together take some minutes. `--part 2/4` asks for a quarter of each module's mutants.
 
 mutmut 3 can't be used: it wraps each function, and the frame that `expires` takes its scope from
 is then the wrapper's.
@@ -18,6 +19,8 @@ import ast
 import contextlib
 import importlib.abc
 import importlib.machinery
+import itertools
+import json
 import os
 import resource
 import signal
@@ -26,7 +29,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import Phase, settings
@@ -38,7 +41,11 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "src" / "elastic_timer"
 
 SECONDS = 20
-"""How long the tests of one mutant may compute, and each of them take: some loop for ever."""
+"""How long each test may take: some wait for ever."""
+
+TIMES, MORE = 3, 2
+"""The tests of a mutant may compute so many times as long as those of the original, and so many
+seconds more: some loop for ever."""
 
 BYTES = 1 << 30
 """How much memory they may take: those that loop may collect things."""
@@ -74,10 +81,20 @@ _BLOCKS = [
 TARGETS = [
     Target("_clock", [], ["tests/test_clock.py"]),
     Target("_server.blocks", [], ["tests/test_blocks.py", SURVIVORS]),
+    Target(
+        "_server.job",
+        [],
+        [
+            "tests/test_ranks.py",
+            "tests/test_peers.py::test_job",
+            "tests/test_standings.py::test_standing_by_itself",
+        ],
+    ),
     Target("_command.block_table", [], ["tests/test_block_table.py"]),
-    Target("_evidence.picture", [], ["tests/test_picture.py"]),
+    Target("_command.hangs", [], ["tests/test_hangs.py"]),
+    Target("_evidence.picture", [], ["tests/test_picture.py", "tests/test_place.py"]),
+    Target("_evidence.place", [], ["tests/test_place.py", "tests/test_picture.py"]),
     Target("_server.table", [], ["tests/test_timer_table.py", SURVIVORS]),
-    Target("_server.process", ["ranks"], ["tests/test_ranks.py"]),
     Target("_server.workers", ["EpochClock"], ["tests/test_epoch_clock.py"]),
     Target(
         "_transport.wire", [], ["tests/test_wire.py", SURVIVORS, "tests/test_cached_requests.py"]
@@ -119,41 +136,155 @@ class _InMemory(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         exec(self._code, module.__dict__)
 
 
-def start(target: Target, tree: ast.Module) -> int:
-    """Run the tests of a mutant in a fork; its pid. Its exit code is pytest's."""
+class _Asked(NamedTuple):
+    """What became of a mutant, or of the original, whose number is -1."""
+
+    number: int
+    survived: bool
+
+
+class _ForkServer:
+    """A plugin for pytest that runs the tests in a fork of this process for each mutant.
+
+    Args:
+        target: What is changed.
+        mutants: To what, each with its number.
+        jobs: How many are tested at a time.
+        answers: Where an `_Asked` of each is written, as JSON; first that of the original.
+    """
+
+    def __init__(
+        self, target: Target, mutants: Iterator[tuple[int, Mutant]], jobs: int, answers: int
+    ) -> None:
+        self._target = target
+        self._mutants = mutants
+        self._jobs = jobs
+        self._answers = answers
+        self._running: dict[int, int] = {}
+        self._seconds: dict[str, float] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note how long each test takes."""
+        seconds = self._seconds.get(report.nodeid, 0.0)
+        self._seconds[report.nodeid] = seconds + report.duration
+
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        """Run them for the original, then for each mutant."""
+        from multiprocessing import resource_tracker
+
+        # Once, here, not in each fork.
+        resource_tracker.ensure_running()
+        session.config._tmp_path_factory.getbasetemp()  # type: ignore[attr-defined]  # Private.
+        source = ast.parse(file_of(self._target).read_text())
+        reading, writing = os.pipe()
+        began = os.times()
+        pid = os.fork()
+        if not pid:
+            failed = self._run(session, source)
+            with open(writing, "w") as pipe:
+                json.dump(self._seconds, pipe)
+            os._exit(failed)
+        os.close(writing)
+        with open(reading) as pipe:
+            seconds = json.loads(pipe.read() or "{}")
+        failed = os.waitpid(pid, 0)[1] != 0
+        self._answer(-1, not failed)
+        if failed:
+            return True
+        session.items.sort(key=lambda item: seconds.get(item.nodeid, 0.0))
+        ended = os.times()
+        took = ended.children_user + ended.children_system
+        took -= began.children_user + began.children_system
+        most = int(TIMES * took + MORE)
+        while True:
+            for number, mutant in itertools.islice(self._mutants, self._jobs - len(self._running)):
+                self._running[self._start(session, mutant.tree, most)] = number
+            if not self._running:
+                break
+            pid, status = os.wait()
+            if pid in self._running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)  # What its tests may have left behind.
+                self._answer(self._running.pop(pid), status == 0)
+        return True
+
+    def _answer(self, number: int, survived: bool) -> None:
+        os.write(self._answers, json.dumps([number, survived]).encode() + b"\n")
+
+    def _start(self, session: pytest.Session, tree: ast.Module, most: int) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        os.setpgid(0, 0)
+        resource.setrlimit(resource.RLIMIT_CPU, (most, most))
+        resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
+        os._exit(self._run(session, tree))
+
+    def _run(self, session: pytest.Session, tree: ast.Module) -> int:
+        try:
+            replace(self._target, tree)
+        except BaseException:
+            return 1
+        for item, following in zip(session.items, [*session.items[1:], None], strict=True):
+            item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+            if session.testsfailed:
+                return 1
+        return 0
+
+
+def replace(target: Target, tree: ast.Module) -> None:
+    """Execute the target's code anew, and have all who have imported any of it refer to that."""
+    ast.fix_missing_locations(tree)
+    path, name = file_of(target), f"elastic_timer.{target.module}"
+    module = importlib.import_module(name)
+    # For tests that import it anew themselves.
+    finder = _InMemory(name, path, compile(tree, str(path), "exec"))
+    sys.meta_path.insert(0, finder)
+    module.__spec__ = finder.find_spec(name)
+    names = target.names
+    body = [root for root in tree.body if not names or getattr(root, "name", None) in names]
+    future = [root for root in tree.body if isinstance(root, ast.ImportFrom)][:1]
+    code = compile(ast.Module([*future, *body], []), str(path), "exec")
+    old = dict(vars(module))
+    exec(code, vars(module))
+    changed = {
+        name: (value, vars(module)[name])
+        for name, value in old.items()
+        if not name.startswith("__") and vars(module).get(name) is not value
+    }
+    others: list[Any] = [
+        other
+        for name, other in list(sys.modules.items())
+        if name.startswith(("elastic_timer", "tests"))
+    ]
+    for other in others:
+        for name, value in list(vars(other).items()):
+            if name in changed and value is changed[name][0]:
+                setattr(other, name, changed[name][1])
+
+
+def answers(target: Target, part: slice, jobs: int) -> Iterator[_Asked]:
+    """What becomes of the original, and if its tests pass, of each mutant."""
+    reading, writing = os.pipe()
     pid = os.fork()
-    if pid:
-        return pid
-    os.setpgid(0, 0)
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        os.dup2(nowhere.fileno(), 2)
-    path = file_of(target)
-    code = compile(tree, str(path), "exec")
-    sys.meta_path.insert(0, _InMemory(f"elastic_timer.{target.module}", path, code))
-    resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
-    # The first failure is enough: no time goes into finding a simpler one.
-    phases = (Phase.explicit, Phase.generate)
-    settings.register_profile("mutation", phases=phases, derandomize=True, database=None)
-    settings.load_profile("mutation")
-    os._exit(pytest.main([*OPTIONS, *target.tests]))
-
-
-def survivors(
-    target: Target, mutants: Sequence[Mutant], jobs: int
-) -> Iterator[tuple[Mutant, bool]]:
-    """Each mutant, and whether it survived; so many are tested at a time."""
-    waiting = list(mutants)[::-1]
-    running: dict[int, Mutant] = {}
-    while waiting or running:
-        while waiting and len(running) < jobs:
-            mutant = waiting.pop()
-            running[start(target, mutant.tree)] = mutant
-        pid, status = os.wait()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)  # What its tests may have left behind.
-        yield running.pop(pid), status == 0
+    if not pid:
+        os.close(reading)
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+            os.dup2(nowhere.fileno(), 2)
+        # The first failure is enough: no time goes into finding a simpler one.
+        phases = (Phase.explicit, Phase.generate)
+        settings.register_profile("mutation", phases=phases, derandomize=True, database=None)
+        settings.load_profile("mutation")
+        mutants = enumerate(mutants_of(file_of(target).read_text(), target.names))
+        chosen = itertools.islice(mutants, part.start, None, part.step)
+        plugin = _ForkServer(target, chosen, jobs, writing)
+        os._exit(pytest.main([*OPTIONS, *target.tests], [plugin]))
+    os.close(writing)
+    with open(reading) as pipe:
+        for line in pipe:
+            yield _Asked(*json.loads(line))
+    os.waitpid(pid, 0)
 
 
 def main() -> int:
@@ -161,40 +292,46 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("modules", nargs="*", help="only these, by name (default: all)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("--part", default="1/1", metavar="N/M", help="only this part of each")
     options = parser.parse_args()
+    part, parts = map(int, options.part.split("/"))
     os.chdir(REPOSITORY)
     killed = total = unknown = 0
     for target in TARGETS:
         if options.modules and target.module not in options.modules:
             continue
-        source = file_of(target).read_text()
-        untouched = start(target, ast.parse(source))
-        if os.waitpid(untouched, 0)[1] != 0:
+        found = mutants_of(file_of(target).read_text(), target.names)
+        changes = [(mutant.line, mutant.change) for mutant in found]
+        started = time.monotonic()
+        chosen = slice(part - 1, None, parts)
+        asked = answers(target, chosen, options.jobs)
+        if next(asked, (-1, False)) != (-1, True):
             print(f"{target.module}: the tests fail without any change")
             return 1
-        mutants = list(mutants_of(source, target.names))
-        started = time.monotonic()
         equivalent = EQUIVALENT.get(target.module, {})
         alive = []
-        for mutant, survived in survivors(target, mutants, options.jobs):
+        for number, survived in asked:
             if survived:
-                alive.append(mutant)
-                if mutant.change not in equivalent:
+                line, change = changes[number]
+                alive.append(change)
+                if change not in equivalent:
                     unknown += 1
-                    print(f"{target.module}:{mutant.line}: {mutant.change}", flush=True)
-        killed += len(mutants) - len(alive)
-        total += len(mutants)
+                    print(f"{target.module}:{line}: {change}", flush=True)
+        count = len(changes[chosen])
+        killed += count - len(alive)
+        total += count
         print(
-            f"{target.module}: {len(mutants) - len(alive)} of {len(mutants)} mutants killed, "
-            f"{sum(mutant.change in equivalent for mutant in alive)} known to be equivalent, "
+            f"{target.module}: {count - len(alive)} of {count} mutants killed, "
+            f"{sum(change in equivalent for change in alive)} known to be equivalent, "
             f"in {time.monotonic() - started:.0f} s",
             flush=True,
         )
-        for change in set(equivalent) - {mutant.change for mutant in alive}:
+        for change in set(equivalent).difference(alive) if parts == 1 else ():
             print(f"{target.module}: not a survivor any more: {change}")
     print(f"{killed} of {total} killed: {killed / total:.1%}; {unknown} survivors without a reason")
     # Of a small module alone the few that are equivalent may be more than the rest of the score.
-    return 0 if not unknown and (options.modules or killed / total >= LOWEST_SCORE) else 1
+    whole = not options.modules and parts == 1
+    return 0 if not unknown and (not whole or killed / total >= LOWEST_SCORE) else 1
 
 
 if __name__ == "__main__":

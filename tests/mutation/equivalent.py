@@ -6,6 +6,7 @@ _SERIALS = "they only have to grow"
 _IS_THERE = "a longer slice is empty if and only if the shorter one is"
 _ONCE = "it is there once: within a scope its quotes are escaped"
 _PRUNING = "the heap is only rebuilt a little earlier or later; its bound holds"
+_TRUTH = "only whether it is true counts"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
     "_clock": {
@@ -37,13 +38,19 @@ EQUIVALENT: dict[str, dict[str, str]] = {
             "at 0 the same text is read again, and refused for the same reason"
         ),
     },
+    "_command.hangs": {
+        "return False  ->  return None": _TRUTH,
+    },
+    "_evidence.place": {
+        "return False  ->  return None": _TRUTH,
+    },
     "_command.torchrun": {
         "if command[:1] == ['-m'] and command[1:2] and (command[1] in _MODULES):  ->  "
         "if command[:1] == ['-m'] and command[1:3] and (command[1] in _MODULES):": _IS_THERE,
         "is_script = command[:1] and basename(command[0]) == 'torchrun'  ->  "
         "is_script = command[:2] and basename(command[0]) == 'torchrun'": _IS_THERE,
     },
-    "_server.process": {
+    "_server.job": {
         "values = (environment.get(name, '') for name in names)  ->  "
         "values = (environment.get(name, 'X') for name in names)": "neither is a number",
     },

@@ -26,6 +26,9 @@ KILL_AFTER = 0.5
 _NEVER = 4194304 + 5
 """A pid that Linux gives to nobody."""
 
+_CLOCKS_DIFFER = 0.01
+"""How many seconds may pass between two looks at two clocks, of a worker that runs."""
+
 _RECORD = struct.Struct("icd")
 
 
@@ -33,7 +36,8 @@ class Record(NamedTuple):
     """One thing that a worker told.
 
     b"D" is its deadline, b"R" when its release was done, b"C" its birth, where the parent is not
-    the storm itself, and b"L" how late one was reaped whom the storm could not see.
+    the storm itself, b"L" how late one was reaped whom the storm could not see, and b"J" which rank
+    of the job that it has launched is the one that hangs.
     """
 
     pid: int
@@ -47,13 +51,30 @@ def records_in(data: bytes) -> list[Record]:
 
 
 class Stage:
-    """What a worker needs: its clients, its own dice, and a pipe to tell the truth into."""
+    """What a worker needs: its clients, its own dice, and a pipe to tell the truth into.
 
-    def __init__(self, client: TimerClient, path: str, server_pid: int, truth_fd: int) -> None:
+    Args:
+        client: Of the server that the worker is watched by.
+        elsewhere: Of another server.
+        path: Where the first one listens.
+        server_pid: Its process.
+        truth_fd: The pipe.
+    """
+
+    def __init__(
+        self,
+        client: TimerClient,
+        elsewhere: TimerClient,
+        path: str,
+        server_pid: int,
+        truth_fd: int,
+    ) -> None:
         self.client = client
+        self.elsewhere = elsewhere
         self.path = path
         self.server_pid = server_pid
         self._truth_fd = truth_fd
+        self.storm = os.getpid()
         self.dice = random.Random()
 
     def tell(self, what: bytes, value: float, pid: int | None = None) -> None:
@@ -64,7 +85,7 @@ class Stage:
         self, hang: Callable[[], object], client: TimerClient | None = None, grace: float = 0
     ) -> None:
         """Hang in a block; the deadline, and what is granted beyond it, is told before."""
-        after = self.dice.uniform(0.2, 1.5)
+        after = self.dice.uniform(0.2, 4)
         self.tell(b"D", time.monotonic() + after + grace)
         with expires(after=after, client=client or self.client):
             hang()
@@ -106,6 +127,19 @@ def flood(stage: Stage) -> None:
     for _ in range(stage.dice.randrange(200, 1500)):
         with expires(after=FAR, client=stage.client):
             pass
+
+
+def hoard(stage: Stage) -> None:
+    """Hold so many timers that who asks for the server's status has to read for a while."""
+    for number in range(stage.dice.randrange(500, 3000)):
+        stage.client.acquire(f"{number} of many", time.time() + FAR)
+    time.sleep(stage.dice.uniform(1, 3))
+
+
+def last(stage: Stage) -> None:
+    """In a block for long."""
+    with expires(after=FAR, client=stage.client):
+        time.sleep(stage.dice.uniform(2, 10))
 
 
 def leave(stage: Stage) -> None:
@@ -177,8 +211,9 @@ def hang_in_c(stage: Stage) -> None:
 
 
 def spin(stage: Stage) -> None:
-    """Never come out of a loop that takes a whole core, at the lowest priority."""
-    os.nice(19)
+    """Never come out of a loop that takes a whole core, at a low priority."""
+    # Not the lowest: on a busy machine that gets no time to die in.
+    os.nice(10)
 
     def loop() -> None:
         while True:
@@ -225,6 +260,12 @@ def hang_in_a_thread(stage: Stage) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+
+
+def hang_with_a_timer_elsewhere(stage: Stage) -> None:
+    """Overrun at one of two servers, with time enough at the other."""
+    with expires(after=FAR, client=stage.elsewhere):
+        stage.overrun(sleep_on)
 
 
 def ignore_the_signal(stage: Stage) -> None:
@@ -288,11 +329,120 @@ def leave_at_the_last_moment(stage: Stage) -> None:
     stage.tell(b"R", time.monotonic())
 
 
+# Those that use the handle of their block -------------------------------------------------------
+
+
+def _tell_deadline(stage: Stage, block: expires, earliest: float, latest: float) -> None:
+    """Put the deadline on record that a block tells, which has to be within these (monotonic)."""
+    deadline = block.when() - time.time() + time.monotonic()
+    assert earliest - _CLOCKS_DIFFER <= deadline <= latest + _CLOCKS_DIFFER
+    # Of the two truths the one that is not told by the code under test, as the bound for a death.
+    stage.tell(b"D", max(earliest, min(deadline, latest)))
+
+
+def tick_in_time(stage: Stage) -> None:
+    """Tick for longer than the first deadline."""
+    with expires(after=3, client=stage.client) as block:
+        for _ in range(16):
+            time.sleep(stage.dice.uniform(0.1, 0.4))
+            block.tick()
+
+
+def stop_ticking(stage: Stage) -> None:
+    """Tick for a while, and then no more."""
+    after = stage.dice.uniform(0.5, 1.5)
+    stage.tell(b"D", time.monotonic() + after)
+    with expires(after=after, client=stage.client) as block:
+        for _ in range(stage.dice.randrange(1, 20)):
+            time.sleep(stage.dice.uniform(0, 0.1))
+            called = time.monotonic()
+            block.tick()
+            # A tick is not sent within a tenth of the time.
+            _tell_deadline(stage, block, called + 0.9 * after, time.monotonic() + after)
+        sleep_on()
+
+
+def put_off(stage: Stage) -> None:
+    """Have more time than the block began with."""
+    with expires(after=2, client=stage.client) as block:
+        block.reschedule(FAR)
+        time.sleep(2.5)
+
+
+def draw_near(stage: Stage) -> None:
+    """Have less time than the block began with, and overrun that."""
+    after = stage.dice.uniform(0.2, 1)
+    with expires(after=FAR, client=stage.client) as block:
+        time.sleep(stage.dice.uniform(0, 0.3))
+        stage.tell(b"D", time.monotonic() + after)
+        block.reschedule(after)
+        sleep_on()
+
+
+def pause(stage: Stage) -> None:
+    """Pause for longer than the time, and leave in good time then."""
+    with expires(after=2, client=stage.client) as block:
+        for seconds in (2.5, 0.2):
+            with block.paused():
+                time.sleep(seconds)
+
+
+def hang_after_a_pause(stage: Stage) -> None:
+    """Pause, and overrun what was left of the time."""
+    after = stage.dice.uniform(0.5, 1.5)
+    entering = time.monotonic()
+    stage.tell(b"D", entering + after)
+    with expires(after=after, client=stage.client) as block:
+        entered = time.monotonic()
+        pausing = time.monotonic()
+        with block.paused():
+            paused = time.monotonic()
+            stage.tell(b"D", paused + FAR)
+            time.sleep(stage.dice.uniform(0.1, 1))
+            # It may die from the end of the pause on, which nobody can see from outside.
+            resuming = time.monotonic()
+            stage.tell(b"D", resuming + after - (paused - entering))
+        left = after - (paused - entering), after - (pausing - entered)
+        _tell_deadline(stage, block, resuming + left[0], time.monotonic() + left[1])
+        sleep_on()
+
+
+# Those that can do without a server, which comes and goes -----------------------------------------
+
+
+def go_on(stage: Stage) -> None:
+    """In and out of blocks, which takes no time worth mentioning, server or not."""
+    taken = []
+    for _ in range(stage.dice.randrange(20, 60)):
+        begun = time.monotonic()
+        with expires(after=FAR, client=stage.client):
+            taken.append(time.monotonic() - begun)
+            time.sleep(stage.dice.uniform(0, 0.2))
+    # Of most of them: a busy machine may hold up some.
+    assert sorted(taken)[len(taken) // 2] < 0.1, taken
+
+
+def overrun_again_and_again(stage: Stage) -> None:
+    """Overrun until a server is there that sees it."""
+    give_up = time.monotonic() + 40
+    while time.monotonic() < give_up:
+        after = stage.dice.uniform(0.2, 0.5)
+        stage.tell(b"D", time.monotonic() + after)
+        with expires(after=after, client=stage.client):
+            time.sleep(after + 1)
+
+
 # Those that have no timer at all ---------------------------------------------------------------
 
 
 def stand_by(stage: Stage) -> None:
     """Do nothing, and be signalled by nobody, until the storm is over."""
+    while not is_over(FAR):
+        pass
+
+
+def is_over(seconds: float) -> bool:
+    """Whether the storm ends within some seconds; any other signal is one too many."""
 
     def complain(number: int, _: object) -> None:
         print(f"bystander {os.getpid()} had signal {number}", file=sys.stderr)
@@ -301,4 +451,4 @@ def stand_by(stage: Stage) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP, signal.SIGUSR2}:
         signal.signal(number, complain)
-    signal.sigwait({signal.SIGUSR2})
+    return signal.sigtimedwait({signal.SIGUSR2}, seconds) is not None

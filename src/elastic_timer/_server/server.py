@@ -10,7 +10,6 @@ import math
 import operator
 import os
 import signal as signals
-import threading
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Generic, NamedTuple, Protocol, TypeVar
 
@@ -33,6 +32,7 @@ from elastic_timer._server.events import (
     WorkerSpared,
     named,
 )
+from elastic_timer._server.inquests import Inquests
 from elastic_timer._server.process import is_running, refusal, state_of
 from elastic_timer._server.tree import UNKILLABLE_AFTER as _UNKILLABLE_AFTER
 from elastic_timer._server.tree import Trees
@@ -40,8 +40,6 @@ from elastic_timer._server.workers import Request, Workers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from elastic_timer._evidence.collector import Findings
 
 logger = callbacks.contained_logger(__name__)
 
@@ -171,33 +169,14 @@ class Progress:
 
 
 class _Retry(NamedTuple):
-    """A worker that could not be signalled: when it is tried again, and the pause before that."""
+    """A worker that could not be signalled: when it is tried again, and the pause before that.
+
+    `scope` is that of the timer which it was to be signalled for.
+    """
 
     at: float
     pause: float
-
-
-@dataclasses.dataclass
-class _Inquest:
-    """What is to be known of an expired worker before it is signalled.
-
-    Attributes:
-        timers: The JSON of its expired timers.
-        until: How long it is waited for, in monotonic seconds.
-        evidence: What was found.
-        is_done: Whether it need not be waited for any more.
-        is_announced: Whether those who want to know that it will be signalled were told so.
-    """
-
-    timers: list[str]
-    until: float
-    evidence: Mapping[str, object] | None = None
-    is_done: bool = False
-    is_announced: bool = False
-
-    def is_over(self) -> bool:
-        """Whether nobody waits for it any more."""
-        return self.is_done or self.until <= _clock.monotonic()
+    scope: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,7 +251,12 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._events.subscribe(
             self._log_signalled, WorkerSignalled, WorkerSpared, queue=callbacks.the_log()
         )
-        self._begin_anew()
+        self._inquests = Inquests(
+            run_id,
+            lambda expired: self._call_debug_hook(expired),
+            lambda picture: self._events.publish(JobHangs(_clock.epoch(), picture)),
+            self._loop.wake,
+        )
         self._before_signal: tuple[Callable[[TimerExpired[_R]], object], float] | None = None
         # When listeners are told next what blocks take.
         self._blocks_due = float("inf")
@@ -294,17 +278,6 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._signalled: dict[int, _Signalled[_R]] = {}
         # Of workers that were signalled and may end; empty without `kill_tree`.
         self._trees = Trees()
-
-    def _begin_anew(self) -> None:
-        """Make ready to find out what expired workers were doing, on a thread that is not there."""
-        from elastic_timer._evidence.collector import Collector
-
-        # Apart from the events, so that a listener that blocks costs nobody the evidence.
-        self._reports = callbacks.Callbacks()
-        self._collector = Collector(self._run_id, self._tell)
-        self._inquests: dict[int, _Inquest] = {}
-        self._found = threading.Event()
-        self._is_blocked = False
 
     def __enter__(self) -> Self:
         self.start()
@@ -464,9 +437,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
             expired = self._find_expired(now)
             self._workers.settle(now)
             self._reap_all(expired, now)
-            if self._inquests and self._is_ending():
-                until = max(inquest.until for inquest in self._inquests.values())
-                self._reports.flush(until - _clock.monotonic())
+            if self._is_ending() and self._inquests.wait_for_all():
                 self._reap_all(self._find_expired(now), now)
         self._follow_up()
         self._trees.follow_up()
@@ -494,10 +465,17 @@ class ProcessServer(abc.ABC, Generic[_R]):
 
         One is reaped as soon as the evidence on it and its peers is there, in this round or later.
         """
-        self._retries = {pid: retry for pid, retry in self._retries.items() if pid in expired}
-        self._inquests = {pid: each for pid, each in self._inquests.items() if pid in expired}
-        known = self._retries.keys() | self._inquests.keys()
-        fresh = {pid: timers for pid, timers in expired.items() if pid not in known}
+        scopes = {pid: {timer.scope_id for timer in timers} for pid, timers in expired.items()}
+        # A worker that has left the block meanwhile is not to die for another one unheard.
+        self._retries = {
+            pid: retry for pid, retry in self._retries.items() if retry.scope in scopes.get(pid, ())
+        }
+        self._inquests.keep(scopes)
+        fresh = {
+            pid: timers
+            for pid, timers in expired.items()
+            if pid not in self._retries and pid not in self._inquests
+        }
         self._contained(lambda: self._report(fresh), lambda: None)
         self._let_evidence_come()
         due = [pid for pid, timers in expired.items() if self._is_due(pid, timers)]
@@ -511,8 +489,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
             if self._take_last_minute():
                 expired = self._find_expired(now)
             if pid in expired:
-                inquest = self._inquests.pop(pid, None)
-                self._reap(pid, expired[pid], None if inquest is None else inquest.evidence)
+                self._reap(pid, expired[pid], self._inquests.forget(pid), now)
         for event in self._outbox:
             self._events.publish(event)
         killed = {pid for pid in due if self._workers.was_killed(pid)}
@@ -520,38 +497,27 @@ class ProcessServer(abc.ABC, Generic[_R]):
             self._contained(lambda: self.clear_timers(killed), lambda: self._workers.clear(killed))
 
     def _let_evidence_come(self) -> None:
-        """Wait a moment for what is being found out, unless some of it is there already.
+        """Wait a moment for what is being found out, unless there is something else to do.
 
         The thread that finds it out has the interpreter's lock the sooner.
         """
-        self._found.clear()
-        awaited = [each for each in self._inquests.values() if not each.is_announced]
-        if awaited and not any(each.is_over() for each in awaited):
-            deadline = self._workers.next_deadline()
-            left = _EVIDENCE_FIRST if deadline is None else deadline - _clock.monotonic()
-            self._found.wait(max(0.0, min(left, _EVIDENCE_FIRST)))
+        if self._inquests.has_to_come():
+            left = self._next_work() - _FINE - _clock.monotonic()
+            self._note_ready(self._loop.wait(min(left, _EVIDENCE_FIRST)))
 
     def _is_due(self, pid: int, timers: list[_R]) -> bool:
         """Whether the time has come to reap an expired worker."""
         if pid in self._retries:
             return self._retries[pid].at <= self._looked_at
-        inquest = self._inquests.get(pid)
-        if inquest is None:
-            return True
-        if inquest.is_announced or not inquest.is_over():
-            return inquest.is_over() or (inquest.is_announced and self._is_ending())
-        if not (inquest.is_done or self._is_blocked):
-            logger.warning(
-                "No evidence on worker %s in time; the watchdog goes on without",
-                self._workers.name(pid),
-            )
-            self._is_blocked = True
-        self._announce(pid, timers, inquest)
-        return inquest.is_over()
+        if not self._inquests.is_over(pid):
+            return self._inquests.is_concluded(pid) and self._is_ending()
+        if not self._inquests.is_concluded(pid):
+            evidence = self._inquests.conclude(pid, self._workers.name(pid))
+            self._announce(pid, timers, evidence)
+        return self._inquests.is_over(pid)
 
-    def _announce(self, pid: int, timers: list[_R], inquest: _Inquest) -> None:
+    def _announce(self, pid: int, timers: list[_R], evidence: Mapping[str, object] | None) -> None:
         """Have those know who want to that a worker is going to be signalled."""
-        inquest.is_announced = True
         lethal = [timer for timer in timers if self._signal_for(timer) > 0]
         if self._before_signal is None or self._dry_run or self._is_ending():
             return
@@ -559,15 +525,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
             return
         callback, timeout = self._before_signal
         ranks, late = self._workers.ranks(pid), self._workers.seconds_late(lethal[0])
-        event = TimerExpired(_clock.epoch(), pid, *ranks, lethal[0], late, inquest.evidence)
-        inquest.is_done, inquest.until = False, _clock.monotonic() + timeout
-
-        def announce() -> None:
-            callbacks.run_contained(lambda: callback(event))
-            self._let_go_on([inquest])
-
-        if not callbacks.Callbacks().submit(announce):
-            inquest.is_done = True
+        event = TimerExpired(_clock.epoch(), pid, *ranks, lethal[0], late, evidence)
+        self._inquests.wait_for(pid, lambda: callback(event), timeout)
 
     def _is_ending(self) -> bool:
         """Whether there may be no other round."""
@@ -604,12 +563,13 @@ class ProcessServer(abc.ABC, Generic[_R]):
 
     def _next_due(self) -> float:
         """The monotonic time at which something has to be done; infinite where nothing has."""
-        if self._is_unfinished:
-            return self._looked_at
+        return self._looked_at if self._is_unfinished else self._next_work()
+
+    def _next_work(self) -> float:
+        """The same, where the round before has come to its end."""
         due = [self._blocks_due, *(retry.at for retry in self._retries.values())]
         due += [signalled.until for signalled in self._signalled.values()]
-        due.append(self._trees.next_due())
-        due += [0.0 if each.is_done else each.until for each in self._inquests.values()]
+        due += [self._trees.next_due(), self._inquests.next_due()]
         deadline = self._workers.next_deadline()
         if deadline is not None:
             due.append(deadline)
@@ -629,6 +589,9 @@ class ProcessServer(abc.ABC, Generic[_R]):
         for pid, rank, local_rank, scopes in self._workers.drop_exited(
             exited, self.is_process_running
         ):
+            # Its number may be another one's, whose requests are read next.
+            self._inquests.forget(pid)
+            self._retries.pop(pid, None)
             self._signalled.pop(pid, None)
             self._with_tree(functools.partial(self._trees.kill, pid))
             self._events.publish(WorkerExited(_clock.epoch(), pid, rank, local_rank, scopes))
@@ -653,8 +616,10 @@ class ProcessServer(abc.ABC, Generic[_R]):
             lambda: self.get_expired_timers(epoch), lambda: self._workers.expired(epoch)
         )
 
-    def _reap(self, pid: int, timers: list[_R], evidence: Mapping[str, object] | None) -> None:
-        """Do with a worker what its expired timers ask for."""
+    def _reap(
+        self, pid: int, timers: list[_R], evidence: Mapping[str, object] | None, now: float
+    ) -> None:
+        """Do with a worker what its timers ask for that have expired at `now` (epoch)."""
         if self._workers.is_gone(pid, self.is_process_running):
             return
         is_retry = pid in self._retries
@@ -694,10 +659,16 @@ class ProcessServer(abc.ABC, Generic[_R]):
                 WorkerSpared(_clock.epoch(), pid, *ranks, timer, signal, late, scopes)
             )
             return
-        asking = [expired for expired in timers if self._signal_for(expired) == signal]
-        if not self._hold_tree(pid, signal, lambda: any(map(self._is_held, asking))):
+
+        def is_due() -> bool:
+            left = self._find_expired(now).get(pid, ())
+            return any(
+                each.scope_id in scopes and self._signal_for(each) == signal for each in left
+            )
+
+        if not self._make_ready(pid, signal, is_due):
             # Looked at once more and at once, for what else it has overrun.
-            self._retries[pid] = _Retry(_clock.monotonic(), 0.0)
+            self._retries[pid] = _Retry(_clock.monotonic(), 0.0, timer.scope_id)
             return
         pause = self._signal(pid, signal)
         if pause is not None:
@@ -707,7 +678,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
             )
             longest = min(_RETRY, self._max_interval)
             pause = min(longest, max(pause, 2 * self._retries[pid].pause if is_retry else 0.0))
-            self._retries[pid] = _Retry(_clock.monotonic() + pause, pause)
+            self._retries[pid] = _Retry(_clock.monotonic() + pause, pause, timer.scope_id)
             return
         self._sent.append(signal)
         self._progress.reaped += 1
@@ -748,33 +719,34 @@ class ProcessServer(abc.ABC, Generic[_R]):
             self._with_tree(lambda: self._trees.let_go(pid))
         return pause
 
-    def _hold_tree(self, pid: int, signal: int, is_due: Callable[[], bool]) -> bool:
-        """With `kill_tree` find what a worker has started, while it is the parent still.
+    def _make_ready(self, pid: int, signal: int, is_due: Callable[[], bool]) -> bool:
+        """Do what takes a while before a signal, and see whether it is to be sent after that.
+
+        With `kill_tree` what a worker has started is found, while it is the parent still.
 
         Args:
-            pid: The worker, which is stopped where it is about to be killed.
+            pid: The worker, which with its tree is stopped where it is about to be killed.
             signal: What it is about to be sent.
             is_due: Whether it is to be sent that still.
 
         Returns:
             Whether it is. If not, the worker goes on.
         """
-        process = self._workers.process(pid)
-        if not self._kill_tree or process is None:
-            return True
-        is_last, name = signal == signals.SIGKILL, self._workers.name(pid)
-        hold = functools.partial(self._trees.hold, process, stop=is_last, name=name)
-        self._with_tree(hold)
-        # This took a while. A release that was written before the stop is there by now.
+        process = self._workers.process(pid) if self._kill_tree else None
+
+        def hold_tree() -> None:
+            if process is not None:
+                is_last, name = signal == signals.SIGKILL, self._workers.name(pid)
+                self._trees.hold(process, stop=is_last, name=name)
+
+        self._with_tree(hold_tree)
+        # This took a while, as did the listeners. A release that was written before is there now.
         if self._take_last_minute():
             if not is_due():
                 self._trees.let_go(pid)
                 return False
-            self._with_tree(hold)  # Let go of where it was forgiven an earlier signal.
+            self._with_tree(hold_tree)  # Let go of where it was forgiven an earlier signal.
         return True
-
-    def _is_held(self, timer: _R) -> bool:
-        return self._timers.get((timer.worker_id, timer.scope_id)) is timer
 
     def _with_tree(self, step: Callable[[], object]) -> None:
         # Without descriptors, for instance: the worker itself is reaped all the same.
@@ -818,17 +790,21 @@ class ProcessServer(abc.ABC, Generic[_R]):
                 continue
             elif self._workers.was_killed(pid):
                 del self._signalled[pid]
+                state = state_of(pid)
                 logger.error(
-                    "Worker %s is still there %.0f s after SIGKILL, in state %s; it hangs in the "
-                    "kernel, which alone can end it",
+                    "Worker %s is still there %.0f s after SIGKILL, in state %s; %s",
                     self._workers.name(pid),
                     _UNKILLABLE_AFTER,
-                    state_of(pid),
+                    state,
+                    # At work on its end, which a busy processor or much memory makes long.
+                    "it is about to end, and slow at that"
+                    if state == "R"
+                    else "it hangs in the kernel, which alone can end it",
                 )
             elif (
                 (self._take_last_minute() and pid not in self._signalled)
                 or self._workers.is_gone(pid, self.is_process_running)
-                or not self._hold_tree(
+                or not self._make_ready(
                     pid, signals.SIGKILL, functools.partial(operator.contains, self._signalled, pid)
                 )
             ):
@@ -857,55 +833,9 @@ class ProcessServer(abc.ABC, Generic[_R]):
             pid: [self._to_json(timer, self._workers.expiration_now(timer)) for timer in timers]
             for pid, timers in expired.items()
         }
-        wanted = self._evidence_wanted()
-        if self._is_blocked:
-            self._is_blocked = not self._reports.flush(0)
-        self._inquests.update(
-            {
-                pid: _Inquest(timers, _clock.monotonic() + wanted[0] + callbacks.PATIENCE)
-                for pid, timers in texts.items()
-            }
-        )
+        scopes = {pid: [timer.scope_id for timer in timers] for pid, timers in expired.items()}
         standings = self._workers.standings(texts)
-        self._collector.ask(texts, standings, *wanted)
-        # Where the thread is in somebody's handler that has not come back in time, or there is
-        # none, nobody waits for what it will find.
-        if not self._reports.submit(self._collect) or self._is_blocked:
-            self._let_go_on([self._inquests[pid] for pid in texts])
-
-    def _collect(self) -> None:
-        """Find out what was asked for, on the thread for that."""
-        try:
-            self._collector.work()
-        except BaseException:
-            self._let_go_on(list(self._inquests.values()))
-            raise
-
-    def _tell(self, findings: Findings) -> None:
-        """Have the debug hook tell what was found of some workers, which may be reaped then."""
-        from elastic_timer._evidence.collector import handing_over
-
-        for picture in findings.pictures:
-            self._events.publish(JobHangs(_clock.epoch(), picture))
-        with handing_over(findings):
-            told: object = self._contained(
-                lambda: self._call_debug_hook(findings.expired), lambda: None
-            )
-        inquests = []
-        for pid, timers in findings.expired.items():
-            inquest = self._inquests.get(pid)
-            # It may be one of a later expiry.
-            if inquest is not None and inquest.timers is timers:
-                # The hook may be somebody's own, or upstream's, which returns nothing.
-                inquest.evidence = told.get(pid) if isinstance(told, dict) else None
-                inquests.append(inquest)
-        self._let_go_on(inquests)
-
-    def _let_go_on(self, inquests: list[_Inquest]) -> None:
-        for inquest in inquests:
-            inquest.is_done = True
-        self._found.set()
-        self._loop.wake()
+        self._inquests.ask(texts, scopes, standings, self._evidence_wanted())
 
     def _contained(self, hook: Callable[[], _Result], instead: Callable[[], _Result]) -> _Result:
         """What a hook returns, which may be anybody's; where it raises, what is done instead."""
@@ -946,11 +876,11 @@ class ProcessServer(abc.ABC, Generic[_R]):
             if is_child:
                 self._workers.forget_parent()
                 self._events.forget_parent()
-                self._begin_anew()
+                self._inquests.forget_parent()
             else:
                 self._workers.close()
             self._exited = []
-            self._inquests = {}
+            self._inquests.close()
             self._retries = {}
             self._signalled = {}
             self._trees.close()
@@ -969,7 +899,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
     def _flush(self) -> None:
         """Let listeners and the log catch up, those that block for a second at most."""
         end = _clock.monotonic() + callbacks.PATIENCE
-        self._reports.flush(callbacks.PATIENCE)
+        self._inquests.flush(callbacks.PATIENCE)
         self._events.flush(end - _clock.monotonic())
         callbacks.flush_log(end - _clock.monotonic())
 
