@@ -7,6 +7,7 @@ _IS_THERE = "a longer slice is empty if and only if the shorter one is"
 _ONCE = "it is there once: within a scope its quotes are escaped"
 _PRUNING = "the heap is only rebuilt a little earlier or later; its bound holds"
 _TRUTH = "only whether it is true counts"
+_AS_LONG = "one is made from the other, so they are of one length"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
     "_clock": {
@@ -40,6 +41,21 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     },
     "_command.hangs": {
         "return False  ->  return None": _TRUTH,
+    },
+    "_evidence.picture": {
+        "return [Seen(member, place, place is not None and _waits(place, waiting), "
+        "_passes(member, blocks[member['host']])) "
+        "for (_, member), place in zip(found, places, strict=True)]  ->  "
+        "return [Seen(member, place, place is not None and _waits(place, waiting), "
+        "_passes(member, blocks[member['host']])) "
+        "for (_, member), place in zip(found, places, strict=False)]": _AS_LONG,
+        "inside = Counter((one.passes[block] "
+        "for one, scope in zip(seen, scopes, strict=True) if scope == block))  ->  "
+        "inside = Counter((one.passes[block] "
+        "for one, scope in zip(seen, scopes, strict=False) if scope == block))": _AS_LONG,
+        "_NOBODY: _Verdict = (frozenset(), '')  ->  _NOBODY: _Verdict = (frozenset(), 'X')": (
+            "why nobody is a suspect by a rule is told nowhere"
+        ),
     },
     "_evidence.place": {
         "return False  ->  return None": _TRUTH,
