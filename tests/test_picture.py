@@ -208,6 +208,7 @@ def test_stopped_and_behind() -> None:
         "behind: pass 6 of train.py#86, where the others are in pass 7",
         "stopped (state T)",
     ]
+    assert "in pass 7; stopped (state T)\n" in describe(answer)
 
 
 def test_stopped_in_two_ways() -> None:
@@ -495,9 +496,10 @@ def test_how_many_suspects_are_named() -> None:
 
 def test_order_of_groups() -> None:
     """The suspects' first, then the larger ones."""
-    members = [member(0, *BARRIER), *waiting(1, 2), member(3, *HANGS)]
+    members = [member(0, *BARRIER), *waiting(1, 5), member(3, *HANGS)]
     groups = ask(*members)["groups"]
-    assert [group["ranks"] for group in groups] == [[3], [1, 2], [0]]
+    assert [group["ranks"] for group in groups] == [[3], [1, 5], [0]]
+    assert [group["hosts"] for group in groups] == [["node-0"], ["node-0", "node-1"], ["node-0"]]
     assert [group["suspected"] for group in groups] == [True, False, False]
     assert [group["in_collective"] for group in groups] == [False, True, True]
 
@@ -548,7 +550,17 @@ def test_children_at_work() -> None:
     assert "child" not in lines[3]
     shown = [line for line in lines if "descendant" in line]
     assert shown == ["  descendants 4740, 4741: /opt/venv/bin/python train.py loader"]
-    assert "BaseProcess._bootstrap" in lines[lines.index(shown[0]) + 2]
+    first, second = lines[lines.index(shown[0]) + 1 :][:2]
+    assert first.startswith("    thread ")
+    assert "BaseProcess._bootstrap" in second
+    # Those at another place are told apart.
+    loading, other = members[2]["descendants"][:2]
+    members[2]["descendants"] = [loading, {**other, "stacks": [thread(*LOADS, *MAIN)]}]
+    shown = [line for line in describe(ask(*members)).splitlines() if "descendant" in line]
+    assert [line.split()[1] for line in shown] == [f"{each['pid']}:" for each in (loading, other)]
+    # Those of victims are not.
+    members[0]["descendants"] = members[2]["descendants"]
+    assert "child" not in describe(ask(*members)).splitlines()[3]
     [one, _] = members[2]["descendants"][:2]
     members[2]["descendants"] = [{**one, "command": None}]
     lines = [line.strip() for line in describe(ask(*members)).splitlines()]

@@ -90,7 +90,11 @@ TARGETS = [
             "tests/test_standings.py::test_standing_by_itself",
         ],
     ),
-    Target("_command.block_table", [], ["tests/test_block_table.py"]),
+    Target(
+        "_command.block_table",
+        [],
+        ["tests/test_block_table.py", "tests/test_report_blocks.py", "-k", "not test_what_run"],
+    ),
     Target("_command.hangs", [], ["tests/test_hangs.py"]),
     Target(
         "_evidence.picture",

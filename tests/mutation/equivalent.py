@@ -8,10 +8,40 @@ _ONCE = "it is there once: within a scope its quotes are escaped"
 _PRUNING = "the heap is only rebuilt a little earlier or later; its bound holds"
 _TRUTH = "only whether it is true counts"
 _AS_LONG = "one is made from the other, so they are of one length"
+_LIMIT = "what is at the very limit, to a float's last digit, may be taken for either"
+_NO_TIME = "neither is near any time that is left"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
     "_clock": {
         "_now() - _now_about()  ->  _now() + _now_about()": "all it is to do is raise",
+    },
+    "_server.blocks": {
+        "fits = whole <= left + max(late, min(_READ_LATE_AFTER, left / 100))  ->  "
+        "fits = whole < left + max(late, min(_READ_LATE_AFTER, left / 100))": _LIMIT,
+        "if least <= before <= left + max(late, _READ_LATE_AFTER) "
+        "and (not (fits and before < whole)):  ->  "
+        "if least <= before < left + max(late, _READ_LATE_AFTER) "
+        "and (not (fits and before < whole)):": _LIMIT,
+        "if least <= before <= left + max(late, _READ_LATE_AFTER) "
+        "and (not (fits and before < whole)):  ->  "
+        "if least < before <= left + max(late, _READ_LATE_AFTER) "
+        "and (not (fits and before < whole)):": _LIMIT,
+        "if least <= before <= left + max(late, _READ_LATE_AFTER) "
+        "and (not (fits and before < whole)):  ->  "
+        "if least <= before <= left + max(late, _READ_LATE_AFTER) "
+        "and (not (fits and before <= whole)):": "both are returned where they are equal",
+        "if rounded <= left + max(_READ_AFTER, late):  ->  "
+        "if rounded < left + max(_READ_AFTER, late):": _LIMIT,
+        "self.longest = -1.0  ->  self.longest = -2.0": "no duration is less",
+        "self.whole = -math.inf  ->  self.whole = +math.inf": _NO_TIME,
+        "block.whole = after if after.is_integer() else -math.inf  ->  "
+        "block.whole = after if after.is_integer() else +math.inf": _NO_TIME,
+        "if since is not None and now - since > self.longest:  ->  "
+        "if since is not None and now - since >= self.longest:": "it is set to what it is",
+        "if 0 <= block.whole - left <= _READ_LATE_AFTER:  ->  "
+        "if 0 <= block.whole - left < _READ_LATE_AFTER:": _LIMIT,
+        "if left > _NEVER:  ->  if left >= _NEVER:": _LIMIT,
+        "if after > block.after:  ->  if after >= block.after:": "it is set to what it is",
     },
     "_server.table": {
         "for _, _, worker, scope in sorted(due, key=lambda entry: entry[:2]):  ->  "
