@@ -129,7 +129,20 @@ def test_round_numbers(seconds: float, rounded: int) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.0004, "<1 ms"), (0.0312, "31 ms"), (0.3, "0.30 s"), (12.34, "12.3 s"), (4321.0, "4,321 s")],
+    [
+        (0.0004, "<1 ms"),
+        (0.001, "1 ms"),
+        (0.0312, "31 ms"),
+        (0.09945, "99 ms"),
+        (0.1, "0.10 s"),
+        (0.3, "0.30 s"),
+        (10.0, "10.0 s"),
+        (10.56, "10.6 s"),
+        (12.34, "12.3 s"),
+        (100.0, "100 s"),
+        (100.7, "101 s"),
+        (4321.0, "4,321 s"),
+    ],
 )
 def test_durations(seconds: float, text: str) -> None:
     """Three digits are enough."""
@@ -194,10 +207,34 @@ def test_hosts_are_merged() -> None:
     assert more == "more than can be measured: 6,000 blocks of other scopes"
 
 
+def test_short_deadlines_and_durations() -> None:
+    """What is not known is not taken for a second."""
+    [_, line] = table(block("b", 0.8, durations(*[0.2] * 20)))
+    assert line.split()[-6:] == ["0.8", "s", "25", "%", "60", "s"]
+    [_, line] = table(block("b", None, durations(*[0.2] * 20)))
+    assert line.split()[-5:] == ["s", "-", "-", "60", "s"]
+    [_, line] = table(block("b", 0.8), block("b", None, durations(*[0.2] * 20)))
+    assert "  0.8 s  " in line
+
+
+@pytest.mark.parametrize(("longest", "used"), [(1.0, "  1 %  "), (0.5, "  0.5 %  ")])
+def test_small_shares(longest: float, used: str) -> None:
+    """Below a hundredth with one more digit."""
+    [_, line] = table(block("b", 100.0, durations(*[longest] * 20)))
+    assert used in line
+
+
+def test_first_of_equally_slow_hosts() -> None:
+    """It is the one that is named."""
+    measured = [block("b", 9.0, durations(3.0, 3.0), durations(1.0, 1.0))]
+    events = [{"host": host, "blocks": measured, "unmeasured": 0} for host in "ab"]
+    assert block_table(events).endswith("slowest: pid 4711 on a")
+
+
 def test_event_is_read() -> None:
     """Of what anybody may have written, what the table needs, as plain values."""
     first = {"left": 0, "longest": None, "pid": None, "rank": None, "histogram": []}
-    later = {"left": 2, "longest": 3, "pid": 5, "rank": 0, "histogram": [[2000, 1], [-2000, 1]]}
+    later = {"left": 2, "longest": 3, "pid": 5, "rank": 7, "histogram": [[2000, 1], [-2000, 1]]}
     given = {"scope": "b", "entered": 3, "expired": 1, "unfinished": 9, "after": 60, "more": 1}
     event = {"time": 1, "host": "a", "run_id": "r", "unmeasured": 7, "more": 1}
     found = measured({**event, "blocks": [{**given, **later, "first": first}]})

@@ -69,6 +69,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
             "at 0 the same text is read again, and refused for the same reason"
         ),
     },
+    "_command.block_table": {
+        "unit = 3600 if seconds <= 86400 else 86400  ->  "
+        "unit = 3600 if seconds < 86400 else 86400": "a day is 24 hours",
+    },
     "_command.hangs": {
         "return False  ->  return None": _TRUTH,
     },
@@ -106,7 +110,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
             "a step of the very limit may be taken for either"
         ),
     },
-    "api": {
+    "_worker.scopes": {
         "loop = getattr(asyncio, '_get_running_loop', lambda: None)()  ->  "
         "loop = getattr(asyncio, '_get_running_loop')()": (
             "it is missing only while another thread is importing asyncio"
