@@ -10,6 +10,7 @@ _TRUTH = "only whether it is true counts"
 _AS_LONG = "one is made from the other, so they are of one length"
 _LIMIT = "what is at the very limit, to a float's last digit, may be taken for either"
 _NO_TIME = "neither is near any time that is left"
+_POSITIONAL = "it is filled by its place, and nobody reads it"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
     "_clock": {
@@ -72,6 +73,8 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     "_command.block_table": {
         "unit = 3600 if seconds <= 86400 else 86400  ->  "
         "unit = 3600 if seconds < 86400 else 86400": "a day is 24 hours",
+        "widths = [max(map(len, column)) for column in zip(*rows, strict=True)]  ->  "
+        "widths = [max(map(len, column)) for column in zip(*rows, strict=False)]": _AS_LONG,
     },
     "_command.hangs": {
         "return False  ->  return None": _TRUTH,
@@ -95,6 +98,14 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "return False  ->  return None": _TRUTH,
     },
     "_command.torchrun": {
+        "result.add_argument('training_script')  ->  "
+        "result.add_argument('training_scriptX')": _POSITIONAL,
+        "result.add_argument('training_script_args', nargs=argparse.REMAINDER)  ->  "
+        "result.add_argument('training_script_argsX', nargs=argparse.REMAINDER)": _POSITIONAL,
+        "names = dict.fromkeys([f'--{name}', f'--{dest}', _SHORT.get(name, f'--{name}')])  ->  "
+        "names = dict.fromkeys([f'--{name}', f'--{dest}', _SHORT.get(name, f'--X{name}')])": (
+            "torchrun itself refuses such an option"
+        ),
         "if command[:1] == ['-m'] and command[1:2] and (command[1] in _MODULES):  ->  "
         "if command[:1] == ['-m'] and command[1:3] and (command[1] in _MODULES):": _IS_THERE,
         "is_script = command[:1] and basename(command[0]) == 'torchrun'  ->  "
