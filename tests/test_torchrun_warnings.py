@@ -149,6 +149,7 @@ def test_shared_store(command: str) -> None:
     """The user's own value of the variable stays, and is spoken of where it matters."""
     [text] = said(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="0")
     assert text.startswith(SHARED)
+    assert text.endswith("unset the variable, or set it to 1")
     assert said(f"env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=0 {command}") == [text]
     assert said(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") == []
     other = C10D.replace("c10d", "etcd")

@@ -93,6 +93,12 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "_NOBODY: _Verdict = (frozenset(), '')  ->  _NOBODY: _Verdict = (frozenset(), 'X')": (
             "why nobody is a suspect by a rule is told nowhere"
         ),
+        "rules.insert(0, rules.pop())  ->  rules.insert(1, rules.pop())": (
+            "of two ranks none is behind, as one is not less than half of them"
+        ),
+        "return 0 < 2 * len(found) < len(seen)  ->  return 1 < 2 * len(found) < len(seen)": (
+            "it is an even number"
+        ),
     },
     "_evidence.place": {
         "return False  ->  return None": _TRUTH,
