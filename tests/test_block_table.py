@@ -233,11 +233,10 @@ def test_first_of_equally_slow_hosts() -> None:
 
 def test_event_is_read() -> None:
     """Of what anybody may have written, what the table needs, as plain values."""
-    first = {"left": 0, "longest": None, "pid": None, "rank": None, "histogram": []}
     later = {"left": 2, "longest": 3, "pid": 5, "rank": 7, "histogram": [[2000, 1], [-2000, 1]]}
     given = {"scope": "b", "entered": 3, "expired": 1, "unfinished": 9, "after": 60, "more": 1}
     event = {"time": 1, "host": "a", "run_id": "r", "unmeasured": 7, "more": 1}
-    found = measured({**event, "blocks": [{**given, **later, "first": first}]})
+    found = measured({**event, "blocks": [{**given, **later, "first": NONE}]})
     assert found == {
         "time": 1.0,
         "host": "a",
@@ -251,7 +250,7 @@ def test_event_is_read() -> None:
                 **later,
                 # No duration is outside of these.
                 "histogram": [(1000, 1), (-1000, 1)],
-                "first": first,
+                "first": NONE,
             }
         ],
         "unmeasured": 7,
