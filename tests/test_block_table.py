@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from elastic_timer._command.block_table import block_table, round_up
+from elastic_timer._command.block_table import block_table, measured, round_up
 
 NONE: dict[str, Any] = {"left": 0, "longest": None, "pid": None, "rank": None, "histogram": []}
 
@@ -107,9 +107,15 @@ def test_suggested(later: list[float], first: list[float], suggested: str) -> No
     [
         (60, 60),
         (60.1, 90),
+        (90.1, 120),
         (121, 180),
+        (181, 240),
         (260.5, 300),
         (301, 600),
+        (601, 900),
+        (901, 1200),
+        (1201, 1800),
+        (1801, 2700),
         (2701, 3600),
         (3601, 7200),
         (86400, 86400),
@@ -123,7 +129,20 @@ def test_round_numbers(seconds: float, rounded: int) -> None:
 
 @pytest.mark.parametrize(
     ("seconds", "text"),
-    [(0.0004, "<1 ms"), (0.0312, "31 ms"), (0.3, "0.30 s"), (12.34, "12.3 s"), (4321.0, "4,321 s")],
+    [
+        (0.0004, "<1 ms"),
+        (0.001, "1 ms"),
+        (0.0312, "31 ms"),
+        (0.09945, "99 ms"),
+        (0.1, "0.10 s"),
+        (0.3, "0.30 s"),
+        (10.0, "10.0 s"),
+        (10.56, "10.6 s"),
+        (12.34, "12.3 s"),
+        (100.0, "100 s"),
+        (100.7, "101 s"),
+        (4321.0, "4,321 s"),
+    ],
 )
 def test_durations(seconds: float, text: str) -> None:
     """Three digits are enough."""
@@ -186,3 +205,67 @@ def test_hosts_are_merged() -> None:
         "3 expired, slowest: rank 8 on b",
     ]
     assert more == "more than can be measured: 6,000 blocks of other scopes"
+
+
+def test_short_deadlines_and_durations() -> None:
+    """What is not known is not taken for a second."""
+    [_, line] = table(block("b", 0.8, durations(*[0.2] * 20)))
+    assert line.split()[-6:] == ["0.8", "s", "25", "%", "60", "s"]
+    [_, line] = table(block("b", None, durations(*[0.2] * 20)))
+    assert line.split()[-5:] == ["s", "-", "-", "60", "s"]
+    [_, line] = table(block("b", 0.8), block("b", None, durations(*[0.2] * 20)))
+    assert "  0.8 s  " in line
+
+
+@pytest.mark.parametrize(("longest", "used"), [(1.0, "  1 %  "), (0.5, "  0.5 %  ")])
+def test_small_shares(longest: float, used: str) -> None:
+    """Below a hundredth with one more digit."""
+    [_, line] = table(block("b", 100.0, durations(*[longest] * 20)))
+    assert used in line
+
+
+def test_first_of_equally_slow_hosts() -> None:
+    """It is the one that is named."""
+    measured = [block("b", 9.0, durations(3.0, 3.0), durations(1.0, 1.0))]
+    events = [{"host": host, "blocks": measured, "unmeasured": 0} for host in "ab"]
+    assert block_table(events).endswith("slowest: pid 4711 on a")
+
+
+def test_event_is_read() -> None:
+    """Of what anybody may have written, what the table needs, as plain values."""
+    later = {"left": 2, "longest": 3, "pid": 5, "rank": 7, "histogram": [[2000, 1], [-2000, 1]]}
+    given = {"scope": "b", "entered": 3, "expired": 1, "unfinished": 9, "after": 60, "more": 1}
+    event = {"time": 1, "host": "a", "run_id": "r", "unmeasured": 7, "more": 1}
+    found = measured({**event, "blocks": [{**given, **later, "first": NONE}]})
+    assert found == {
+        "time": 1.0,
+        "host": "a",
+        "run_id": "r",
+        "blocks": [
+            {
+                "scope": "b",
+                "entered": 3,
+                "expired": 1,
+                "after": 60.0,
+                **later,
+                # No duration is outside of these.
+                "histogram": [(1000, 1), (-1000, 1)],
+                "first": NONE,
+            }
+        ],
+        "unmeasured": 7,
+    }
+
+
+@pytest.mark.parametrize("longest", [None, -0.001, 1e15, math.nan])
+def test_event_with_no_duration(longest: float | None) -> None:
+    """Where there are some, the longest is one."""
+    event = {"time": 1, "host": "a", "run_id": "r", "unmeasured": 0}
+    given = {"left": 1, "pid": 5, "rank": None, "histogram": [[0, 1]]}
+    for value in (0.0, 9e14):
+        measured({**event, "blocks": [block("b", value, {**given, "longest": value})]})
+    with pytest.raises(ValueError, match="duration"):
+        measured({**event, "blocks": [block("b", 1.0, {**given, "longest": longest})]})
+    if longest is not None:
+        with pytest.raises(ValueError, match="duration"):
+            measured({**event, "blocks": [block("b", longest)]})

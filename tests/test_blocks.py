@@ -130,6 +130,17 @@ def test_after_that_is_not_round() -> None:
     assert asked_for(30 - GATHER, GATHER, 60) == 30
 
 
+def test_how_round_a_number_is() -> None:
+    """Whole seconds if a hundredth of them is missing, else halves, tenths, twentieths."""
+    assert asked_for(5.941, GATHER, 0) == 6
+    assert asked_for(5.94, GATHER, 0) == 5.95
+    assert asked_for(0.95, GATHER, 0) == 0.95
+    assert asked_for(1.2, 0.3, 0) == 1.5
+    assert asked_for(1.34, 0.06, 0) == 1.4
+    assert asked_for(1.33, 0.02, 0) == 1.35
+    assert asked_for(0.318, 0, 0) == 0.32
+
+
 def test_duration_is_from_the_workers_own_clock(measured: Measured) -> None:
     """However late requests are read, where the worker's next one tells when they were sent."""
     measured.acquire(NOW, 60, late=0.001)
@@ -190,6 +201,38 @@ def test_block_without_a_deadline_for_a_while(measured: Measured) -> None:
     assert record["first"]["longest"] == pytest.approx(20, abs=0.02)
 
 
+def test_less_than_a_second(measured: Measured) -> None:
+    """It is told as any other; durations are told to a tenth of a millisecond."""
+    measured.acquire(NOW, 0.95, late=0)
+    measured.blocks.expired(PID, "b")
+    measured.release(NOW + 1.23456, late=0)
+    assert measured.one()["after"] == 0.95
+    assert measured.one()["first"]["longest"] == 1.2346
+
+
+def test_what_was_read_is_known_from_rounds(measured: Measured) -> None:
+    """So a request is not taken for one that waited for long."""
+    measured.blocks.settle(NOW)
+    measured.blocks.acquired(PID, RANK, "b", True, NOW + 57.3, NOW + 0.01)
+    assert measured.one()["after"] == 57.3
+
+
+def test_first_of_equally_slow_ones(measured: Measured) -> None:
+    """It is the one that is named."""
+    for pid in (1, 2):
+        measured.acquire(NOW, 60, pid=pid, late=0)
+        measured.release(NOW + 5, pid=pid, late=0)
+    assert measured.one()["first"]["pid"] == 1
+
+
+def test_more_than_a_year_is_no_deadline(measured: Measured) -> None:
+    """One of a year is."""
+    measured.acquire(NOW, 366 * 86400 + 100)
+    assert measured.one()["after"] is None
+    measured.acquire(NOW, 365 * 86400)
+    assert measured.one()["after"] == 365 * 86400
+
+
 def test_threads_tasks_and_ranks_are_one_block(measured: Measured) -> None:
     """And the slowest is named, of the first passes and of the others."""
     for number, pid in enumerate([1, 2, 3, 1, 2, 3]):
@@ -246,6 +289,26 @@ def test_next_worker_of_a_number(measured: Measured) -> None:
     record = measured.one()
     assert (record["entered"], record["unfinished"], record["first"]["left"]) == (2, 1, 0)
     assert record["longest"] == pytest.approx(1, abs=0.02)
+
+
+def test_what_a_worker_overran_ends_with_it(measured: Measured) -> None:
+    """The next one of its number enters the block anew; one that goes on does not."""
+    for pid in (PID, PID + 1):
+        measured.acquire(NOW, 60, pid=pid)
+        measured.blocks.expired(pid, "b")
+    measured.blocks.ended(PID)
+    assert measured.one()["entered"] == 2
+    for at in (70, 71):
+        for pid in (PID, PID + 1):
+            measured.acquire(NOW + at, 60, pid=pid)
+    assert measured.one()["entered"] == 3
+
+
+def test_unfinished_blocks_are_told_at_once(measured: Measured) -> None:
+    """Before another round."""
+    measured.acquire(NOW, 60)
+    measured.blocks.ended(PID)
+    assert measured.one()["unfinished"] == 1
 
 
 def test_release_of_nothing(measured: Measured) -> None:
@@ -333,3 +396,15 @@ def test_memory_is_bounded() -> None:
     assert sum(record["expired"] for record in records) == 15_000  # type: ignore[misc]
     # All 900 histograms have 40 buckets by now, some 0.9 MB; what came behind has added nothing.
     assert after - before < 2_000_000
+
+
+def test_overrun_blocks_are_forgotten(measured: Measured) -> None:
+    """All but the last 1,000; of the others nothing is told when they are left."""
+    scopes = [f"b@thread-{number:x}" for number in range(1001)]
+    for scope in scopes:
+        measured.acquire(NOW, 60, scope)
+        measured.blocks.expired(PID, scope)
+    measured.release(NOW + 70, scopes[0])
+    assert measured.one()["first"]["left"] == 0
+    measured.release(NOW + 70, scopes[1])
+    assert measured.one()["first"]["left"] == 1

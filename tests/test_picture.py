@@ -188,6 +188,7 @@ def test_victims_of_one_that_is_behind() -> None:
         ("t", "stopped by a debugger (state t)"),
         ("D", "stuck in the kernel (state D)"),
         ("Z", "ended (state Z)"),
+        ("X", "ended (state X)"),
     ],
 )
 def test_stopped(state: str, reason: str) -> None:
@@ -197,6 +198,24 @@ def test_stopped(state: str, reason: str) -> None:
         assert answer["suspected"] == [0]
         assert answer["reasons"] == [reason]
     assert ask(*waiting(0, 1, 2, state=state))["suspected"] == []
+
+
+def test_stopped_and_behind() -> None:
+    """Each rule that names the same is a reason."""
+    answer = ask(*waiting(0, 1, 2), *waiting(3, passes={BLOCK: 6}, state="T"))
+    assert answer["suspected"] == [3]
+    assert answer["reasons"] == [
+        "behind: pass 6 of train.py#86, where the others are in pass 7",
+        "stopped (state T)",
+    ]
+    assert "in pass 7; stopped (state T)\n" in describe(answer)
+
+
+def test_stopped_in_two_ways() -> None:
+    """Both are told."""
+    answer = ask(*waiting(0, 1, 2), *waiting(3, state="T"), *waiting(4, state="D"))
+    assert answer["suspected"] == [3, 4]
+    assert answer["reasons"] == ["stuck in the kernel (state D) or stopped (state T)"]
 
 
 def test_stopped_where_others_wait() -> None:
@@ -353,6 +372,9 @@ def test_offline_all_is_known() -> None:
         "all 4 ranks that are known wait in a collective"
     )
     assert lines[3] == "  no file tells of ranks 4-7"
+    # Without any that are missing, or without words for them, there is no such line.
+    assert len(describe(ask(*waiting(0, 1)), missing="no file tells of").splitlines()) == 3
+    assert len(describe(ask(*waiting(0, 1), world_size=8)).splitlines()) == 3
     [only] = who_hangs([picture(waiting(0), world_size=2)], offline=True)["reasons"]
     assert only.endswith("the only rank that is known waits in a collective")
     # Somebody who is known not to wait is a better suspect.
@@ -364,13 +386,15 @@ def test_nobody() -> None:
     """A picture of nobody is no answer; a world of any size uses little memory."""
     with pytest.raises(ValueError, match="no members"):
         who_hangs([picture([])])
-    assert len(ask(*waiting(0), world_size=1 << 60)["missing"]) < 1 << 21
+    assert len(ask(*waiting(0), world_size=1 << 60)["missing"]) == (1 << 20) - 1
 
 
 def test_two_pictures_of_one_host() -> None:
     """The first one counts, but for the stacks where it has none."""
     early = picture([*waiting(0, 1), member(2, state="D")])
-    late = picture([*waiting(0, 1, passes={BLOCK: 9}), member(2, *HANGS, state="S")])
+    children = recorded("data_loader")[2]["descendants"]
+    stuck = member(2, *HANGS, state="S", descendants=children)
+    late = picture([member(0, *BARRIER), *waiting(1, passes={BLOCK: 9}), stuck])
     answer = who_hangs([early, late])
     assert [group["passes"] for group in answer["groups"]] == [[7], [7]]
     [suspect] = answer["suspects"]
@@ -378,6 +402,15 @@ def test_two_pictures_of_one_host() -> None:
     assert suspect["state"] == "D"
     assert suspect["stacks"] is not None
     assert suspect["stacks_missing"] is None
+    assert suspect["descendants"] == children
+
+
+def test_two_processes_of_one_rank() -> None:
+    """Both are told, in the order of their pids, whichever was seen first."""
+    first, second = waiting(0), waiting(0, pid=4001)
+    for members in ([*first, *second], [*second, *first]):
+        answer = ask(*members, member(1, *HANGS, pid=9), member(1, *HANGS, pid=8))
+        assert [each["pid"] for each in answer["suspects"]] == [8, 9]
 
 
 # Text ---------------------------------------------------------------------------------------------
@@ -416,6 +449,73 @@ def test_one_screen() -> None:
     assert "  ranks 1,3,5,7,9,11,13,15,17,19,21,23,25,27,29 and 485 more  all_reduce" in text
 
 
+def test_width_of_ranks() -> None:
+    """Forty characters of them are shown whole."""
+    whole, wider = [*range(0, 28, 2), 100], [*range(0, 26, 2), 100, 102]
+    assert f"ranks {','.join(map(str, whole))}  all_reduce" in describe(ask(*waiting(*whole)))
+    cut = ",".join(map(str, wider[:-1]))
+    assert f"ranks {cut} and 1 more  all_reduce" in describe(ask(*waiting(*wider)))
+
+
+def test_width_of_missing_ranks() -> None:
+    """Four hundred characters of them are shown whole."""
+    answer = ask(*waiting(0))
+    short = [*range(1, 100, 2)]  # 144 characters with the comma at their end, as those below.
+    for missing, more in (
+        ([*short, *range(101, 229, 2)], ""),
+        ([*short[:-1], *range(101, 231, 2)], " and 1 more"),
+    ):
+        answer["missing"] = missing
+        shown = ",".join(map(str, missing[:-1] if more else missing))
+        assert describe(answer, missing="unknown:").endswith(f"\n  unknown: ranks {shown}{more}")
+
+
+def test_width_of_frames() -> None:
+    """Those that are longer do not push all others to the right."""
+    long, short = "f" * 90, "step (train.py:92) < main (train.py:71)"
+    ranks = [member(rank, "step (train.py:92)") for rank in (0, 1, 2)]
+    lines = describe(ask(*ranks, member(3, f"{long} (train.py:1)"))).splitlines()
+    assert lines[2].startswith(f"  rank 3     {long} (train.py:1) < main (train.py:71)   in train")
+    assert lines[3] == f"  ranks 0-2  {short:80}   in train.py#86, pass 7, 60.0 s"
+
+
+def test_how_many_suspects_are_named() -> None:
+    """Three, each with its pid; of more, three hosts; and of three the stacks."""
+    others = [*waiting(0, 1, 2, 3, 6, 7)]
+    stuck = [member(rank, f"step (train.py:{rank})") for rank in (4, 5, 8, 12, 16)]
+    assert "suspects: rank 4 (node-1, pid 4004), rank 5 (node-1, pid 4005), rank 8 (" in (
+        describe(ask(*others, *stuck[:3]))
+    )
+    text = describe(ask(*others, *stuck[:4]))
+    assert "suspects: ranks 4-5,8,12 (node-1, node-2, node-3), the" in text
+    titles = [line for line in text.splitlines() if line.startswith("rank ")]
+    assert [title.split()[1] for title in titles] == ["4", "5", "8"]
+    text = describe(ask(*others, *stuck))
+    assert "suspects: ranks 4-5,8,12,16 (node-1, node-2, node-3 and 1 more), the" in text
+
+
+def test_order_of_groups() -> None:
+    """The suspects' first, then the larger ones."""
+    members = [member(0, *BARRIER), *waiting(1, 5), member(3, *HANGS)]
+    groups = ask(*members)["groups"]
+    assert [group["ranks"] for group in groups] == [[3], [1, 5], [0]]
+    assert [group["hosts"] for group in groups] == [["node-0"], ["node-0", "node-1"], ["node-0"]]
+    assert [group["suspected"] for group in groups] == [True, False, False]
+    assert [group["in_collective"] for group in groups] == [False, True, True]
+
+
+def test_world_that_is_not_known() -> None:
+    """Nobody is missing in it."""
+    assert ask(*waiting(1, 2), world_size=None)["missing"] == []
+
+
+def test_most_groups() -> None:
+    """Of many groups that are no suspects twelve are shown."""
+    text = describe(ask(*(member(rank, f"step{rank} (train.py:5)") for rank in range(20))))
+    assert len(text.splitlines()) == 2 + 12 + 1
+    assert text.endswith("\n  and 8 groups more")
+
+
 def test_details_have_an_end() -> None:
     """Of a suspect with many threads some lines are shown, and how many are not."""
     stacks = [thread("work (train.py:1)", name=f"worker-{number}") for number in range(50)]
@@ -423,6 +523,9 @@ def test_details_have_an_end() -> None:
     lines = describe(answer, details=10).splitlines()
     assert lines[-1] == "  and 90 lines more"
     assert "rank 3 (node-0, pid 4003):" in lines
+    assert describe(answer).splitlines()[-1] == "  and 40 lines more"
+    assert describe(answer, details=99).splitlines()[-1] == "  and 1 line more"
+    assert "lines more" not in describe(answer, details=100)
 
 
 def test_blocks_of_a_group() -> None:
@@ -447,7 +550,21 @@ def test_children_at_work() -> None:
     assert "child" not in lines[3]
     shown = [line for line in lines if "descendant" in line]
     assert shown == ["  descendants 4740, 4741: /opt/venv/bin/python train.py loader"]
-    assert "BaseProcess._bootstrap" in lines[lines.index(shown[0]) + 2]
+    first, second = lines[lines.index(shown[0]) + 1 :][:2]
+    assert first.startswith("    thread ")
+    assert "BaseProcess._bootstrap" in second
+    # Those at another place are told apart.
+    loading, other = members[2]["descendants"][:2]
+    members[2]["descendants"] = [loading, {**other, "stacks": [thread(*LOADS, *MAIN)]}]
+    shown = [line for line in describe(ask(*members)).splitlines() if "descendant" in line]
+    assert [line.split()[1] for line in shown] == [f"{each['pid']}:" for each in (loading, other)]
+    # Those of victims are not.
+    members[0]["descendants"] = members[2]["descendants"]
+    assert "child" not in describe(ask(*members)).splitlines()[3]
+    [one, _] = members[2]["descendants"][:2]
+    members[2]["descendants"] = [{**one, "command": None}]
+    lines = [line.strip() for line in describe(ask(*members)).splitlines()]
+    assert f"descendant {one['pid']}:" in lines
 
 
 def test_children_that_wait_for_work() -> None:

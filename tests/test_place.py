@@ -14,6 +14,7 @@ from tests.picture_support import (
     TORCH,
     WAITS,
     WRAPPER,
+    member,
     picture,
     recorded,
     thread,
@@ -324,6 +325,15 @@ def test_frames_in_c_of_some_ranks() -> None:
     assert stacks is not None
     stacks[0]["active"] = True
     assert who_hangs([picture(members)])["suspected"] == [2, 3]
+
+
+def test_frames_in_c_that_tell_of_no_waiting() -> None:
+    """Whose are known is not taken for one that waits, though it is at the same place."""
+    ranks = [
+        member(rank, *native, "step (train.py:53)")
+        for rank, native in enumerate((COLLECTIVE, COLLECTIVE, COLLECTIVE, NATIVE))
+    ]
+    assert who_hangs([picture(ranks)])["suspected"] == [3]
 
 
 # Processes of multiprocessing ---------------------------------------------------------------------

@@ -20,6 +20,13 @@ STATIC = "torchrun's static rendezvous keeps its store"
 SHARED = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE is '0'"
 
 
+WHAT_TO_DO = {
+    NO_RESTART: "give it some with --max-restarts",
+    STATIC_NODES: "instead of --master-addr, --master-port and --node-rank",
+    STATIC: "or add --standalone",
+}
+
+
 def said(command: str, **environment: str) -> list[str]:
     return torchrun.warnings(command.split(), environment)
 
@@ -78,6 +85,7 @@ def test_silent_where_not_sure(command: str) -> None:
         ("torchrun --max-restarts 0 train.py", NO_RESTART),
         ("torchrun train.py --max-restarts 3", NO_RESTART),
         ("torchrun -r 3 -t 3 -m train --max-restarts 3", NO_RESTART),
+        ("torchrun --standalone --max_restarts 0 train.py", NO_RESTART),
         ("torchrun --nnodes 2 --max-restarts 3 train.py", STATIC_NODES),
         ("torchrun --nnodes 1:4 --max-restarts 3 train.py", STATIC_NODES),
         (
@@ -93,7 +101,7 @@ def test_ways_that_fail(command: str, warning: str) -> None:
     """Each way that was seen to fail is warned of, with what to do."""
     [text] = said(command)
     assert text.startswith(warning)
-    assert "--" in text
+    assert text.endswith(WHAT_TO_DO[warning])
 
 
 def test_two_at_once() -> None:
@@ -141,6 +149,7 @@ def test_shared_store(command: str) -> None:
     """The user's own value of the variable stays, and is spoken of where it matters."""
     [text] = said(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="0")
     assert text.startswith(SHARED)
+    assert text.endswith("unset the variable, or set it to 1")
     assert said(f"env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=0 {command}") == [text]
     assert said(command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1") == []
     other = C10D.replace("c10d", "etcd")

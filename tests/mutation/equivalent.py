@@ -7,10 +7,42 @@ _IS_THERE = "a longer slice is empty if and only if the shorter one is"
 _ONCE = "it is there once: within a scope its quotes are escaped"
 _PRUNING = "the heap is only rebuilt a little earlier or later; its bound holds"
 _TRUTH = "only whether it is true counts"
+_AS_LONG = "one is made from the other, so they are of one length"
+_LIMIT = "what is at the very limit, to a float's last digit, may be taken for either"
+_NO_TIME = "neither is near any time that is left"
+_POSITIONAL = "it is filled by its place, and nobody reads it"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
     "_clock": {
         "_now() - _now_about()  ->  _now() + _now_about()": "all it is to do is raise",
+    },
+    "_server.blocks": {
+        "fits = whole <= left + max(late, min(_READ_LATE_AFTER, left / 100))  ->  "
+        "fits = whole < left + max(late, min(_READ_LATE_AFTER, left / 100))": _LIMIT,
+        "if least <= before <= left + max(late, _READ_LATE_AFTER) "
+        "and (not (fits and before < whole)):  ->  "
+        "if least <= before < left + max(late, _READ_LATE_AFTER) "
+        "and (not (fits and before < whole)):": _LIMIT,
+        "if least <= before <= left + max(late, _READ_LATE_AFTER) "
+        "and (not (fits and before < whole)):  ->  "
+        "if least < before <= left + max(late, _READ_LATE_AFTER) "
+        "and (not (fits and before < whole)):": _LIMIT,
+        "if least <= before <= left + max(late, _READ_LATE_AFTER) "
+        "and (not (fits and before < whole)):  ->  "
+        "if least <= before <= left + max(late, _READ_LATE_AFTER) "
+        "and (not (fits and before <= whole)):": "both are returned where they are equal",
+        "if rounded <= left + max(_READ_AFTER, late):  ->  "
+        "if rounded < left + max(_READ_AFTER, late):": _LIMIT,
+        "self.longest = -1.0  ->  self.longest = -2.0": "no duration is less",
+        "self.whole = -math.inf  ->  self.whole = +math.inf": _NO_TIME,
+        "block.whole = after if after.is_integer() else -math.inf  ->  "
+        "block.whole = after if after.is_integer() else +math.inf": _NO_TIME,
+        "if since is not None and now - since > self.longest:  ->  "
+        "if since is not None and now - since >= self.longest:": "it is set to what it is",
+        "if 0 <= block.whole - left <= _READ_LATE_AFTER:  ->  "
+        "if 0 <= block.whole - left < _READ_LATE_AFTER:": _LIMIT,
+        "if left > _NEVER:  ->  if left >= _NEVER:": _LIMIT,
+        "if after > block.after:  ->  if after >= block.after:": "it is set to what it is",
     },
     "_server.table": {
         "for _, _, worker, scope in sorted(due, key=lambda entry: entry[:2]):  ->  "
@@ -38,13 +70,48 @@ EQUIVALENT: dict[str, dict[str, str]] = {
             "at 0 the same text is read again, and refused for the same reason"
         ),
     },
+    "_command.block_table": {
+        "unit = 3600 if seconds <= 86400 else 86400  ->  "
+        "unit = 3600 if seconds < 86400 else 86400": "a day is 24 hours",
+        "widths = [max(map(len, column)) for column in zip(*rows, strict=True)]  ->  "
+        "widths = [max(map(len, column)) for column in zip(*rows, strict=False)]": _AS_LONG,
+    },
     "_command.hangs": {
         "return False  ->  return None": _TRUTH,
+    },
+    "_evidence.picture": {
+        "return [Seen(member, place, place is not None and _waits(place, waiting), "
+        "_passes(member, blocks[member['host']])) "
+        "for (_, member), place in zip(found, places, strict=True)]  ->  "
+        "return [Seen(member, place, place is not None and _waits(place, waiting), "
+        "_passes(member, blocks[member['host']])) "
+        "for (_, member), place in zip(found, places, strict=False)]": _AS_LONG,
+        "inside = Counter((one.passes[block] "
+        "for one, scope in zip(seen, scopes, strict=True) if scope == block))  ->  "
+        "inside = Counter((one.passes[block] "
+        "for one, scope in zip(seen, scopes, strict=False) if scope == block))": _AS_LONG,
+        "_NOBODY: _Verdict = (frozenset(), '')  ->  _NOBODY: _Verdict = (frozenset(), 'X')": (
+            "why nobody is a suspect by a rule is told nowhere"
+        ),
+        "rules.insert(0, rules.pop())  ->  rules.insert(1, rules.pop())": (
+            "of two ranks none is behind, as one is not less than half of them"
+        ),
+        "return 0 < 2 * len(found) < len(seen)  ->  return 1 < 2 * len(found) < len(seen)": (
+            "it is an even number"
+        ),
     },
     "_evidence.place": {
         "return False  ->  return None": _TRUTH,
     },
     "_command.torchrun": {
+        "result.add_argument('training_script')  ->  "
+        "result.add_argument('training_scriptX')": _POSITIONAL,
+        "result.add_argument('training_script_args', nargs=argparse.REMAINDER)  ->  "
+        "result.add_argument('training_script_argsX', nargs=argparse.REMAINDER)": _POSITIONAL,
+        "names = dict.fromkeys([f'--{name}', f'--{dest}', _SHORT.get(name, f'--{name}')])  ->  "
+        "names = dict.fromkeys([f'--{name}', f'--{dest}', _SHORT.get(name, f'--X{name}')])": (
+            "torchrun itself refuses such an option"
+        ),
         "if command[:1] == ['-m'] and command[1:2] and (command[1] in _MODULES):  ->  "
         "if command[:1] == ['-m'] and command[1:3] and (command[1] in _MODULES):": _IS_THERE,
         "is_script = command[:1] and basename(command[0]) == 'torchrun'  ->  "
@@ -60,7 +127,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
             "a step of the very limit may be taken for either"
         ),
     },
-    "api": {
+    "_worker.scopes": {
         "loop = getattr(asyncio, '_get_running_loop', lambda: None)()  ->  "
         "loop = getattr(asyncio, '_get_running_loop')()": (
             "it is missing only while another thread is importing asyncio"

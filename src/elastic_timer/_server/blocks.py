@@ -34,8 +34,6 @@ _READ_AFTER = 0.015
 # On a busy machine it may be so many. That is still less than by what two deadlines differ that a
 # program has for one block.
 _READ_LATE_AFTER = 0.1
-# By no more than this a round number is believed where it is not known from before.
-_MOST_ROUNDED = 1.0
 # So long after something has arrived a server may notice.
 _NOTICED_AFTER = 0.005
 # By so much two clocks may differ that are read one after the other.
@@ -61,7 +59,7 @@ def asked_for(left: float, late: float, before: float) -> float:
     least = max(left - _CLOCKS_DIFFER, 0.0)
     # People write whole seconds. Of what is short they do not, and a tenth would be much of it.
     whole = float(math.ceil(least))
-    fits = whole <= left + max(min(late, _MOST_ROUNDED), min(_READ_LATE_AFTER, left / 100))
+    fits = whole <= left + max(late, min(_READ_LATE_AFTER, left / 100))
     if least <= before <= left + max(late, _READ_LATE_AFTER) and not (fits and before < whole):
         return before
     if fits:
@@ -69,7 +67,7 @@ def asked_for(left: float, late: float, before: float) -> float:
     # The last of these is wrong by 10 ms at most.
     for parts in (2, 10, 20):
         rounded = math.ceil(least * parts) / parts
-        if rounded <= left + max(_READ_AFTER, min(late, _MOST_ROUNDED)):
+        if rounded <= left + max(_READ_AFTER, late):
             return rounded
     return math.ceil(least * 100) / 100
 
@@ -127,8 +125,8 @@ class _Block:
         self.entered = self.expired = self.unfinished = 0
         # The largest that was asked for; zero before.
         self.after = 0.0
-        # The same where it is a whole number, which is sooner recognized; else -1.
-        self.whole = -1.0
+        # The same where it is a whole number, which is sooner recognized.
+        self.whole = -math.inf
         # Of each worker its first pass, which has to load and to compile what later ones find.
         self.first, self.later = _Durations(), _Durations()
 
@@ -138,7 +136,7 @@ class _Block:
             "entered": self.entered,
             "expired": self.expired,
             "unfinished": self.unfinished,
-            "after": round(self.after, 4) or None,
+            "after": self.after or None,
             **self.later.record(),
             "first": self.first.record(),
         }
@@ -244,7 +242,7 @@ class Blocks:
             sent = since = max(deadline - after, self._all_read_at - _READ_LATE_AFTER)
             if after > block.after:
                 block.after = after
-                block.whole = after if after.is_integer() else -1.0
+                block.whole = after if after.is_integer() else -math.inf
         if current.since is not None:
             current.until(sent)
         current.since = since
