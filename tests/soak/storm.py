@@ -330,6 +330,8 @@ class Storm:
             self._ended[record.pid] = time.monotonic()
         elif record.what == b"J":
             self._stuck[run_id_of(record.pid)] = int(record.value)
+        elif record.pid not in self._alive:
+            pass  # One that was missed, and killed for that while it told this.
         elif record.what == b"R":
             self._alive[record.pid].released = record.value
         else:

@@ -131,7 +131,7 @@ def flood(stage: Stage) -> None:
 
 def hoard(stage: Stage) -> None:
     """Hold so many timers that who asks for the server's status has to read for a while."""
-    for number in range(stage.dice.randrange(500, 3000)):
+    for number in range(stage.dice.randrange(500, 1500)):
         stage.client.acquire(f"{number} of many", time.time() + FAR)
     time.sleep(stage.dice.uniform(1, 3))
 
@@ -139,7 +139,7 @@ def hoard(stage: Stage) -> None:
 def last(stage: Stage) -> None:
     """In a block for long."""
     with expires(after=FAR, client=stage.client):
-        time.sleep(stage.dice.uniform(2, 10))
+        time.sleep(stage.dice.uniform(2, 6))
 
 
 def leave(stage: Stage) -> None:
@@ -413,7 +413,7 @@ def hang_after_a_pause(stage: Stage) -> None:
 def go_on(stage: Stage) -> None:
     """In and out of blocks, which takes no time worth mentioning, server or not."""
     taken = []
-    for _ in range(stage.dice.randrange(20, 60)):
+    for _ in range(stage.dice.randrange(10, 40)):
         begun = time.monotonic()
         with expires(after=FAR, client=stage.client):
             taken.append(time.monotonic() - begun)
