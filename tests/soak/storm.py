@@ -132,7 +132,7 @@ class MortalPlace:
         code = self._server.stop()
         errors = self._server.errors()
         if code or errors:
-            self.problems.append(f"the last server of many ended with {code}: {errors}")
+            self.problems.append(f"the last of the mortal servers ended with {code}: {errors}")
 
 
 class Storm:
@@ -207,7 +207,7 @@ class Storm:
             worker = self._start(workers.finish, name)
             while worker.pid in self._alive:
                 self._watch(0.05)
-            eventually(lambda server=server: server.ask("timers") == 0)  # type: ignore[misc]
+            eventually(server.is_empty)
 
     def close(self) -> None:
         """Leave nothing behind, however it ended."""
