@@ -18,7 +18,7 @@ from tests.soak.workers import KILL_AFTER, Stage, sleep_on
 from tests.support import FAR
 
 MARK = "ELASTIC_TIMER_SOAK"
-"""The variable; its value is the storm's pid and the worker's."""
+"""The variable; its value is the worker's name, which begins with the storm's."""
 
 _SLEEP = f"sleep {FAR:.0f}"
 
@@ -34,30 +34,24 @@ _PROGRAMS = [
 ]
 
 
-def mark_of(storm: int, worker: int) -> str:
-    """What the descendants of a worker have in their environment."""
-    return f"{MARK}={storm}-{worker}"
-
-
-def marked(storm: int) -> dict[int, int]:
+def marked(storm: str) -> dict[int, str]:
     """The descendants of a storm's workers that run, and whose each is."""
     found = {}
-    beginning = mark_of(storm, 0)[:-1].encode()
+    beginning = f"{MARK}={storm}".encode()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # They come and go while this looks.
             environment = b"\0" + (process / "environ").read_bytes()
             _, mark, worker = environment.partition(b"\0" + beginning)
             if mark:
-                found[int(process.name)] = int(worker.partition(b"\0")[0])
+                found[int(process.name)] = storm + worker.partition(b"\0")[0].decode()
     return found
 
 
 def _plant(stage: Stage) -> list[subprocess.Popen[bytes]]:
-    name, _, value = mark_of(stage.storm, os.getpid()).partition("=")
     chosen = [stage.dice.choice(_PROGRAMS) for _ in range(stage.dice.randrange(1, 5))]
     return [
         subprocess.Popen(
-            ["sh", "-c", command], env={**os.environ, name: value}, start_new_session=session
+            ["sh", "-c", command], env={**os.environ, MARK: stage.name}, start_new_session=session
         )
         for command, session in chosen
     ]

@@ -59,6 +59,9 @@ class Stage:
         path: Where the first one listens.
         server_pid: Its process.
         truth_fd: The pipe.
+
+    Attributes:
+        name: The worker's. Another one may be given its pid.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Stage:
         self.path = path
         self.server_pid = server_pid
         self._truth_fd = truth_fd
-        self.storm = os.getpid()
+        self.name = ""
         self.dice = random.Random()
 
     def tell(self, what: bytes, value: float, pid: int | None = None) -> None:
