@@ -27,7 +27,7 @@ _NEVER = 4194304 + 5
 """A pid that Linux gives to nobody."""
 
 _CLOCKS_DIFFER = 0.01
-"""How many seconds may pass between two looks at two clocks, of a worker that runs."""
+"""By how many seconds the two clocks may drift apart while a worker is in its block."""
 
 _RECORD = struct.Struct("icd")
 
@@ -337,10 +337,12 @@ def leave_at_the_last_moment(stage: Stage) -> None:
 
 def _tell_deadline(stage: Stage, block: expires, earliest: float, latest: float) -> None:
     """Put the deadline on record that a block tells, which has to be within these (monotonic)."""
-    deadline = block.when() - time.time() + time.monotonic()
-    assert earliest - _CLOCKS_DIFFER <= deadline <= latest + _CLOCKS_DIFFER
-    # Of the two truths the one that is not told by the code under test, as the bound for a death.
-    stage.tell(b"D", max(earliest, min(deadline, latest)))
+    before, epoch, after = time.monotonic(), time.time(), time.monotonic()
+    left = block.when() - epoch
+    assert earliest - _CLOCKS_DIFFER <= after + left
+    assert before + left <= latest + _CLOCKS_DIFFER
+    # Not by the code under test alone: nobody may die before this.
+    stage.tell(b"D", max(earliest, min(before + left, latest)))
 
 
 def tick_in_time(stage: Stage) -> None:
