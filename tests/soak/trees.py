@@ -8,13 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import struct
 import subprocess
 import time
 from pathlib import Path
 
 from elastic_timer import FileTimerClient, expires
-from tests.soak.workers import KILL_AFTER, Stage, sleep_on
+from tests.soak.workers import KILL_AFTER, Stage, lose_a_child, sleep_on
 from tests.support import FAR
 
 MARK = "ELASTIC_TIMER_SOAK"
@@ -91,23 +90,11 @@ def keep_a_tree(stage: Stage) -> None:
 
 def lose_a_branch(stage: Stage) -> None:
     """Have a child that overruns and takes its tree along, beside children that live on."""
-    reader, writer = os.pipe()
-    with expires(after=FAR, client=stage.client):
-        children = [subprocess.Popen(_SLEEP.split()) for _ in range(2)]
-        child = os.fork()
-        if not child:
-            _plant(stage)
-            after = stage.dice.uniform(0.2, 1)
-            os.write(writer, struct.pack("d", time.monotonic() + after))
-            with expires(after=after, client=stage.client):
-                sleep_on()
-        _, status = os.waitpid(child, 0)
-        died = time.monotonic()
+    children = [subprocess.Popen(_SLEEP.split()) for _ in range(2)]
+    try:
+        lose_a_child(stage, lambda: _plant(stage))
+    finally:
         _end(children)
-    (deadline,) = struct.unpack("d", os.read(reader, 8))
-    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
-    assert died >= deadline
-    stage.tell(b"L", died - deadline, child)
 
 
 def _end(children: list[subprocess.Popen[bytes]]) -> None:

@@ -300,12 +300,13 @@ def leave_an_orphan(stage: Stage) -> None:
     stage.overrun(sleep_on)
 
 
-def lose_a_child(stage: Stage) -> None:
-    """Have a child that overruns, see it killed, and go on."""
+def lose_a_child(stage: Stage, begin: Callable[[], object] = os.getpid) -> None:
+    """Have a child that overruns, see it killed, and go on; the child calls `begin` first."""
     reader, writer = os.pipe()
     with expires(after=FAR, client=stage.client):
         child = os.fork()
         if not child:
+            begin()
             after = stage.dice.uniform(0.2, 1)
             os.write(writer, struct.pack("d", time.monotonic() + after))
             with expires(after=after, client=stage.client):
