@@ -46,6 +46,17 @@ def marked(storm: str) -> dict[int, str]:
     return found
 
 
+def describe(pid: int) -> str:
+    """What a process is, for who has to find out why it is there."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return f"{pid} (gone)"
+    state, parent, group, session = stat.rpartition(")")[2].split()[:4]
+    return f"{pid} ({command}; {state}, parent {parent}, group {group}, session {session})"
+
+
 def _plant(stage: Stage) -> list[subprocess.Popen[bytes]]:
     chosen = [stage.dice.choice(_PROGRAMS) for _ in range(stage.dice.randrange(1, 5))]
     return [
