@@ -50,6 +50,10 @@ class ObservedServer:
         """One of the answers of `_serve`, such as "timers": how many there are."""
         return self._process.ask(what)
 
+    def is_empty(self) -> bool:
+        """Whether it holds no timer."""
+        return bool(self.ask("timers") == 0)
+
     def footprint(self) -> dict[str, object]:
         """What has to be after the storm as it was before."""
         return {

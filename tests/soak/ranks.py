@@ -19,11 +19,6 @@ _PATIENCE = 20.0
 """How many seconds a rank may be overdue, or take to end."""
 
 
-def run_id_of(launcher: int) -> str:
-    """The run id of the job that a worker has launched."""
-    return f"soak-{launcher}"
-
-
 def launch_ranks(stage: Stage) -> None:
     """Launch a job one rank of which hangs, with some of the others past their deadlines as well.
 
@@ -33,7 +28,7 @@ def launch_ranks(stage: Stage) -> None:
     stuck = stage.dice.randrange(size)
     passes = stage.dice.randrange(1, 4)
     overdue = {rank for rank in range(size) if stage.dice.random() < 0.4} - {stuck}
-    ranks = [_launch(stage.path, rank, size, passes + (rank != stuck)) for rank in range(size)]
+    ranks = [_launch(stage, rank, size, passes + (rank != stuck)) for rank in range(size)]
     try:
         for rank in ranks:
             assert _line_of(rank) == "there"
@@ -59,17 +54,17 @@ def launch_ranks(stage: Stage) -> None:
             rank.wait()
 
 
-def _launch(path: str, rank: int, size: int, passes: int) -> subprocess.Popen[str]:
+def _launch(stage: Stage, rank: int, size: int, passes: int) -> subprocess.Popen[str]:
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(SOURCE), os.environ.get("PYTHONPATH", "")]),
-        "TORCHELASTIC_RUN_ID": run_id_of(os.getpid()),
+        "TORCHELASTIC_RUN_ID": stage.name,
         "WORLD_SIZE": str(size),
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
     }
     return subprocess.Popen(
-        [sys.executable, "-c", _RANK, path, str(passes)],
+        [sys.executable, "-c", _RANK, stage.path, str(passes)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

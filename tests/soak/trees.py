@@ -8,17 +8,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import struct
 import subprocess
 import time
 from pathlib import Path
 
 from elastic_timer import FileTimerClient, expires
-from tests.soak.workers import KILL_AFTER, Stage, sleep_on
+from tests.soak.workers import KILL_AFTER, Stage, lose_a_child, sleep_on
 from tests.support import FAR
 
 MARK = "ELASTIC_TIMER_SOAK"
-"""The variable; its value is the storm's pid and the worker's."""
+"""The variable; its value is the worker's name, which begins with the storm's."""
 
 _SLEEP = f"sleep {FAR:.0f}"
 
@@ -34,30 +33,35 @@ _PROGRAMS = [
 ]
 
 
-def mark_of(storm: int, worker: int) -> str:
-    """What the descendants of a worker have in their environment."""
-    return f"{MARK}={storm}-{worker}"
-
-
-def marked(storm: int) -> dict[int, int]:
+def marked(storm: str) -> dict[int, str]:
     """The descendants of a storm's workers that run, and whose each is."""
     found = {}
-    beginning = mark_of(storm, 0)[:-1].encode()
+    beginning = f"{MARK}={storm}".encode()
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # They come and go while this looks.
             environment = b"\0" + (process / "environ").read_bytes()
             _, mark, worker = environment.partition(b"\0" + beginning)
             if mark:
-                found[int(process.name)] = int(worker.partition(b"\0")[0])
+                found[int(process.name)] = storm + worker.partition(b"\0")[0].decode()
     return found
 
 
+def describe(pid: int) -> str:
+    """What a process is, for who has to find out why it is there."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return f"{pid} (gone)"
+    state, parent, group, session = stat.rpartition(")")[2].split()[:4]
+    return f"{pid} ({command}; {state}, parent {parent}, group {group}, session {session})"
+
+
 def _plant(stage: Stage) -> list[subprocess.Popen[bytes]]:
-    name, _, value = mark_of(stage.storm, os.getpid()).partition("=")
     chosen = [stage.dice.choice(_PROGRAMS) for _ in range(stage.dice.randrange(1, 5))]
     return [
         subprocess.Popen(
-            ["sh", "-c", command], env={**os.environ, name: value}, start_new_session=session
+            ["sh", "-c", command], env={**os.environ, MARK: stage.name}, start_new_session=session
         )
         for command, session in chosen
     ]
@@ -97,23 +101,11 @@ def keep_a_tree(stage: Stage) -> None:
 
 def lose_a_branch(stage: Stage) -> None:
     """Have a child that overruns and takes its tree along, beside children that live on."""
-    reader, writer = os.pipe()
-    with expires(after=FAR, client=stage.client):
-        children = [subprocess.Popen(_SLEEP.split()) for _ in range(2)]
-        child = os.fork()
-        if not child:
-            _plant(stage)
-            after = stage.dice.uniform(0.2, 1)
-            os.write(writer, struct.pack("d", time.monotonic() + after))
-            with expires(after=after, client=stage.client):
-                sleep_on()
-        _, status = os.waitpid(child, 0)
-        died = time.monotonic()
+    children = [subprocess.Popen(_SLEEP.split()) for _ in range(2)]
+    try:
+        lose_a_child(stage, lambda: _plant(stage))
+    finally:
         _end(children)
-    (deadline,) = struct.unpack("d", os.read(reader, 8))
-    assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
-    assert died >= deadline
-    stage.tell(b"L", died - deadline, child)
 
 
 def _end(children: list[subprocess.Popen[bytes]]) -> None:

@@ -27,7 +27,7 @@ _NEVER = 4194304 + 5
 """A pid that Linux gives to nobody."""
 
 _CLOCKS_DIFFER = 0.01
-"""How many seconds may pass between two looks at two clocks, of a worker that runs."""
+"""By how many seconds the two clocks may drift apart while a worker is in its block."""
 
 _RECORD = struct.Struct("icd")
 
@@ -59,6 +59,9 @@ class Stage:
         path: Where the first one listens.
         server_pid: Its process.
         truth_fd: The pipe.
+
+    Attributes:
+        name: The worker's. Another one may be given its pid.
     """
 
     def __init__(
@@ -74,7 +77,7 @@ class Stage:
         self.path = path
         self.server_pid = server_pid
         self._truth_fd = truth_fd
-        self.storm = os.getpid()
+        self.name = ""
         self.dice = random.Random()
 
     def tell(self, what: bytes, value: float, pid: int | None = None) -> None:
@@ -131,7 +134,7 @@ def flood(stage: Stage) -> None:
 
 def hoard(stage: Stage) -> None:
     """Hold so many timers that who asks for the server's status has to read for a while."""
-    for number in range(stage.dice.randrange(500, 3000)):
+    for number in range(stage.dice.randrange(500, 1500)):
         stage.client.acquire(f"{number} of many", time.time() + FAR)
     time.sleep(stage.dice.uniform(1, 3))
 
@@ -139,7 +142,7 @@ def hoard(stage: Stage) -> None:
 def last(stage: Stage) -> None:
     """In a block for long."""
     with expires(after=FAR, client=stage.client):
-        time.sleep(stage.dice.uniform(2, 10))
+        time.sleep(stage.dice.uniform(2, 6))
 
 
 def leave(stage: Stage) -> None:
@@ -297,12 +300,13 @@ def leave_an_orphan(stage: Stage) -> None:
     stage.overrun(sleep_on)
 
 
-def lose_a_child(stage: Stage) -> None:
-    """Have a child that overruns, see it killed, and go on."""
+def lose_a_child(stage: Stage, begin: Callable[[], object] = os.getpid) -> None:
+    """Have a child that overruns, see it killed, and go on; the child calls `begin` first."""
     reader, writer = os.pipe()
     with expires(after=FAR, client=stage.client):
         child = os.fork()
         if not child:
+            begin()
             after = stage.dice.uniform(0.2, 1)
             os.write(writer, struct.pack("d", time.monotonic() + after))
             with expires(after=after, client=stage.client):
@@ -334,10 +338,12 @@ def leave_at_the_last_moment(stage: Stage) -> None:
 
 def _tell_deadline(stage: Stage, block: expires, earliest: float, latest: float) -> None:
     """Put the deadline on record that a block tells, which has to be within these (monotonic)."""
-    deadline = block.when() - time.time() + time.monotonic()
-    assert earliest - _CLOCKS_DIFFER <= deadline <= latest + _CLOCKS_DIFFER
-    # Of the two truths the one that is not told by the code under test, as the bound for a death.
-    stage.tell(b"D", max(earliest, min(deadline, latest)))
+    before, epoch, after = time.monotonic(), time.time(), time.monotonic()
+    left = block.when() - epoch
+    assert earliest - _CLOCKS_DIFFER <= after + left
+    assert before + left <= latest + _CLOCKS_DIFFER
+    # Not by the code under test alone: nobody may die before this.
+    stage.tell(b"D", max(earliest, min(before + left, latest)))
 
 
 def tick_in_time(stage: Stage) -> None:
@@ -413,7 +419,7 @@ def hang_after_a_pause(stage: Stage) -> None:
 def go_on(stage: Stage) -> None:
     """In and out of blocks, which takes no time worth mentioning, server or not."""
     taken = []
-    for _ in range(stage.dice.randrange(20, 60)):
+    for _ in range(stage.dice.randrange(10, 40)):
         begun = time.monotonic()
         with expires(after=FAR, client=stage.client):
             taken.append(time.monotonic() - begun)
