@@ -24,6 +24,7 @@ from tests.servers import Link
 from tests.support import (
     Child,
     eventually,
+    is_alive,
     marked_processes,
     no_more_descriptors,
     process_state,
@@ -680,6 +681,33 @@ def test_user_that_changes_while_a_process_is_held(
         tree.send(signal.SIGKILL)
     tree.send(signal.SIGTERM)
     assert process.wait() == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("user", [os.getuid() + 1, None, "raises"])
+def test_nobody_is_left_stopped(
+    user: object, job: Callable[..., Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was stopped to be killed goes on where it can't be, and is killed where it may be."""
+
+    def user_of(pid: int) -> object:
+        if user == "raises":
+            raise MemoryError
+        return user
+
+    worker = job("start(); stay()")
+    found = pids(worker, 2)
+    trees = _tree.Trees()
+    with ProcessHandle(worker.pid) as process:
+        trees.hold(process, stop=True)
+    assert states(found) == {"T"}
+    monkeypatch.setattr(_tree, "user_of", user_of)
+    with contextlib.suppress(MemoryError):
+        trees.kill(worker.pid)
+    (child,) = set(found) - {worker.pid}
+    if user is None:
+        eventually(lambda: not is_alive(child))
+    else:
+        eventually(lambda: states(found) <= {"R", "S"})
 
 
 def test_process_that_does_not_stop_is_waited_for(job: Callable[..., Child]) -> None:

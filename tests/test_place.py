@@ -307,6 +307,8 @@ def test_frames_in_c() -> None:
     assert at(*gloo, "step (train.py:53)", *MAIN).in_collective
     assert waits.key == at("step (train.py:53)", *MAIN).key
     assert waits.shown == at("step (train.py:53)", *MAIN).shown
+    for file in ("/usr/bin/python3.11", "/opt/python/bin/python3.13t", "/build/src/mutex.rs"):
+        assert at(f"wait ({file}:0)", "step (train.py:53)", *MAIN).key == waits.key
     # They are of the innermost function: outside of it the collective is over.
     assert not at(*LOADS, *COLLECTIVE, *MAIN).in_collective
     # Where there are some, nothing has to be guessed of a backward pass.

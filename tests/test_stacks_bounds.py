@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import shlex
@@ -20,7 +21,7 @@ from elastic_timer.debug_info_logging import (
     set_stacks_timeout,
     stacks_timeout,
 )
-from tests.evidence_support import expired, install_py_spy, logged
+from tests.evidence_support import REAL_PY_SPY, expired, install_py_spy, logged
 from tests.support import Child, eventually, is_alive, open_descriptors, wait_dead
 
 Spawn = Callable[..., Child]
@@ -95,7 +96,7 @@ def test_nobody_waits_for_a_strangers_stacks(
         go_on.touch()
         wait_dead(hung)
         pids = [int(line.split()[3]) for line in dumps.read_text().splitlines()]
-        assert pids == [worker.pid for worker in workers]
+        assert sorted(pids) == sorted(worker.pid for worker in workers)
 
 
 def test_b5_output_without_end_is_cut(
@@ -221,3 +222,60 @@ def test_a_py_spy_that_cannot_be_ended_is_not_waited_for(
     assert is_alive(process.pid)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
+
+
+# A process that somebody else traces --------------------------------------------------------------
+
+TRACER = """
+    import ctypes, sys
+    libc = ctypes.CDLL(None, use_errno=True)
+    PTRACE_SEIZE = 0x4206
+    failed = libc.ptrace(PTRACE_SEIZE, int(sys.argv[1]), None, None)
+    print("failed" if failed else "traces", flush=True)
+    sys.stdin.readline()
+    """
+
+HANGS = """
+    import time
+    def hang():
+        print("there", flush=True)
+        time.sleep(600)
+    hang()
+    """
+
+
+def test_process_that_another_server_looks_at(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It can't be paused meanwhile, which is tried again; in the end it is read all the same."""
+    log = install_py_spy(f'exec {shlex.quote(REAL_PY_SPY)} "$@"', tmp_path, monkeypatch)
+    worker = spawn(HANGS)
+    assert worker.readline() == "there"
+    tracer = spawn(TRACER, str(worker.pid))
+    if tracer.readline() != "traces":
+        pytest.skip("no process may trace another one here")
+    try:
+        log_debug_info_for_expired_timers("run", {worker.pid: expired(worker.pid)})
+    finally:
+        tracer.kill()  # As long as it traces nobody else is told of the worker's end.
+    (record,) = logged(caplog)
+    assert record.timer_stacks[0]["frames"][-1]["function"] == "hang"
+    dump = f"dump --json --pid {worker.pid}"
+    assert log.read_text().splitlines() == [dump, dump, dump, f"{dump} --nonblocking"]
+
+
+def test_process_that_no_other_server_looks_at_any_more(
+    stand_in: Callable[[str], Path], sleepers: list[int], caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is read at once, without C frames where these were not to be had."""
+    refuses = 'echo "EPERM: not permitted" >&2; exit 1'
+    log = stand_in(f'case "$*" in *--nonblocking*) echo "[]";; *) {refuses};; esac')
+    pid = sleepers[0]
+    taken = stacks.take_stacks({pid: "S"}, time.monotonic() + 20)
+    assert taken == {pid: {"stacks": [], "stacks_missing": None}}
+    with contextlib.closing(stacks.Dumps()) as dumps:
+        dumps.order("native", pid, "S", time.monotonic() + 20, native=True)
+        (found,) = eventually(lambda: dumps.wait(1))
+    assert found[1]["stacks"] is None
+    dump = f"dump --json --pid {pid}"
+    assert log.read_text().splitlines() == [dump, f"{dump} --nonblocking", f"{dump} --native"]

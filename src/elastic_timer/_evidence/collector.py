@@ -397,7 +397,7 @@ def _picture(case: _Case, job: Job) -> Picture:
             "seconds": standing.seconds,
             "expired": standing.expired or pid in case.waiting,
             "state": case.looks[pid].facts["state"],
-            **case.looks[pid].stacks,
+            **case.looks[pid].best(),
             "descendants": case.looks[pid].told_as_descendants(),
         }
         for pid, standing in case.members.items()
@@ -415,11 +415,8 @@ def _picture(case: _Case, job: Job) -> Picture:
 def _answer(case: _Case, picture: Picture) -> tuple[str, set[int]]:
     """Who hangs a job, as text, and of whom nothing more has to be read."""
     answer = who_hangs([picture], case.collectives)
-    told = set(case.members)
     # Of the suspects it has the details.
-    answer["suspects"] = [
-        {**suspect, **case.looks[suspect["pid"]].best()} for suspect in answer["suspects"]
-    ]
+    told = set(case.members)
     if not answer["suspects"]:
         # Nobody stands out: one of them shows where they are.
         told.discard(next(iter(case.members)))

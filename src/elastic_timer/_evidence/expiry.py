@@ -6,6 +6,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from elastic_timer._evidence.facts import Activity, Facts, one_line
+from elastic_timer._evidence.place import is_native
 from elastic_timer._evidence.stacks import Stacks, ThreadStack
 
 if TYPE_CHECKING:
@@ -38,8 +39,10 @@ _LIBRARY_FILE = re.compile(
     r"|/elastic_timer/(_server/\w+|api|local_timer|file_based_local_timer)\.py$"
 )
 # Where such threads wait for something to do.
-_WAITING_FILE = re.compile(
-    r"/(threading|queue|selectors|multiprocessing/\w+|concurrent/futures/\w+)\.py$"
+_WAITING = re.compile(
+    r"/(threading|queue|selectors|multiprocessing/\w+|concurrent/futures/\w+)\.py:"
+    # As one does of a process that shares files, such as a loader of torch has.
+    r"|/socket\.py:(socket\.)?accept$"
 )
 
 
@@ -124,12 +127,13 @@ def describe_stacks(taken: Stacks) -> list[str]:
 
 def _is_idle_helper(thread: ThreadStack) -> bool:
     """Whether it is a thread of a library that waits for something to do."""
-    if thread["active"] or thread["gil"] or not thread["frames"]:
+    frames = [frame for frame in thread["frames"] if not is_native(frame)]
+    if thread["active"] or thread["gil"] or not frames:
         return False
-    innermost = thread["frames"][-1]
+    innermost = frames[-1]
     return (
-        all(_LIBRARY_FILE.search(frame["file"]) for frame in thread["frames"])
-        and _WAITING_FILE.search(innermost["file"]) is not None
+        all(_LIBRARY_FILE.search(frame["file"]) for frame in frames)
+        and _WAITING.search(f"{innermost['file']}:{innermost['function']}") is not None
         # One that cannot get rid of what it has is no idle one: a queue that nobody reads.
         and not innermost["function"].endswith("_send")
     )

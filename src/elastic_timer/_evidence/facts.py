@@ -106,6 +106,12 @@ def parent_of(pid: int) -> int:
     return int(fields[1]) if fields else 0
 
 
+def is_traced(pid: int) -> bool:
+    """Whether somebody traces a process just now, as a debugger does, or a py-spy."""
+    tracer = _read(pid, "status").partition("\nTracerPid:")[2].split(None, 1)
+    return bool(tracer) and tracer[0] != "0"
+
+
 def processes_beside(pid: int, until: float) -> Iterator[int]:
     """The processes of a process's user, its siblings first.
 

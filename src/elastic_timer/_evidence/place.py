@@ -20,9 +20,12 @@ if TYPE_CHECKING:
 
 _MOST_SHOWN = 3
 
-# Whose code a file is: of C or C++, as `py-spy --native` shows them; of what waits for other ranks;
+# Whose code a file is: of C, C++ or the like, which `py-spy --native` shows; some have but the
+# interpreter's own file, as a library or a program; of what waits for other ranks;
 # of Python or torch; of another installed package; of the program.
-_NATIVE = re.compile(r"\.(so[\d.]*|c|cc|cpp|cxx|cu|h|hpp|S)$")
+_NATIVE = re.compile(
+    r"\.(so[\d.]*|c|cc|cpp|cxx|cu|cuh|h|hh|hpp|S|rs|pyx)$|(^|/)python(\d+\.\d+t?)?$"
+)
 # Not all of torch.distributed: its checkpoints hang in a disk, its FSDP and its DTensor compute,
 # its `record` is around all of a program.
 _COLLECTIVE = re.compile(
@@ -106,6 +109,11 @@ def is_at_work(threads: Sequence[ThreadStack] | None) -> bool:
     return _Stack(threads[0]).has_own if threads else False
 
 
+def is_native(frame: Frame) -> bool:
+    """Whether it is a frame in C, or the like."""
+    return _kind(frame["file"]) == "native"
+
+
 def without_parents(threads: Iterable[ThreadStack]) -> list[ThreadStack]:
     """The threads of a process without the frames of the one that forked it."""
     return [{**thread, "frames": _since_fork(thread["frames"])} for thread in threads]
@@ -135,7 +143,7 @@ class _Stack:
         self.native: list[Frame] = []
         self.is_idle = not thread["active"] and not thread["gil"]
         for frame in reversed(_since_fork(thread["frames"])):
-            if _kind(frame["file"]) != "native":
+            if not is_native(frame):
                 self.frames.append(frame)
             elif not self.frames:
                 self.native.append(frame)

@@ -21,7 +21,7 @@ from subprocess import DEVNULL, PIPE
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from elastic_timer import _clock
-from elastic_timer._evidence.facts import one_line
+from elastic_timer._evidence.facts import is_traced, one_line
 from elastic_timer._server.process import refusal
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ _PARALLEL_DUMPS = 8
 _FRAMES_KEPT = 100
 _MOST_OUTPUT = 4 << 20  # bytes; 10,000 frames and more
 _REAP_PATIENCE = 0.3  # seconds
+_TRIES = 3  # of a process that somebody else has paused meanwhile
 
 
 class Frame(TypedDict):
@@ -91,9 +92,10 @@ class _Order(NamedTuple):
     number: int
     key: Any
     pid: int
-    state: str | None
+    may_pause: bool
     deadline: float
     native: bool
+    tries: int = 1
 
 
 class Dumps:
@@ -132,7 +134,7 @@ class Dumps:
             self._done.append((key, missing(reason or "switched off")))
             return
         self._ordered += 1
-        order = _Order(urgency, self._ordered, key, pid, state, deadline, native)
+        order = _Order(urgency, self._ordered, key, pid, can_pause(state), deadline, native)
         heapq.heappush(self._waiting, order)
 
     def is_busy(self) -> bool:
@@ -199,7 +201,12 @@ class Dumps:
 
     def _end(self, dump: _Dump, reason: str | None = None) -> None:
         self._running.remove(dump)
-        self._done.append((dump.order.key, dump.end(reason)))
+        taken = dump.end(reason)
+        again = dump.another_try() if reason is None and taken["stacks"] is None else None
+        if again is None:
+            self._done.append((dump.order.key, taken))
+        else:
+            heapq.heappush(self._waiting, again)
         self._ended = [ended for ended in self._ended if ended.process.poll() is None] + [dump]
 
 
@@ -240,7 +247,7 @@ class _Dump:
 
     def __init__(self, program: str, order: _Order, selector: selectors.BaseSelector) -> None:
         command = [program, "dump", "--json", "--pid", str(order.pid)]
-        if not can_pause(order.state):
+        if not order.may_pause:
             # Such a process cannot be paused: py-spy would fail, or wait for it to the end. The
             # others must be: read while it runs, a busy worker's stack is often torn.
             command.append("--nonblocking")
@@ -289,6 +296,19 @@ class _Dump:
         except Exception:  # whatever its output is
             return missing(reason or _reason(errors.decode(errors="replace")))
 
+    def another_try(self) -> _Order | None:
+        """How to go on where the system has not permitted it; `None` where nothing would help.
+
+        Only one at a time can pause a process, and another server may be looking at it.
+        """
+        order = self.order
+        if not order.may_pause or not _is_refused(self._written[1].decode(errors="replace")):
+            return None
+        if order.tries < _TRIES and is_traced(order.pid):
+            return order._replace(tries=order.tries + 1)
+        # To read it needs no pause, but C frames do.
+        return None if order.native else order._replace(may_pause=False)
+
     def _is_too_much(self) -> bool:
         return sum(map(len, self._written)) > _MOST_OUTPUT
 
@@ -319,9 +339,13 @@ def _reason(errors: str) -> str:
     lines = errors.partition("Stack backtrace:")[0].splitlines()
     told = " ".join(line for line in lines if "sudo" not in line)
     told = one_line(told) or "it gave neither stacks nor a reason"
-    if "permi" in errors.lower():  # permission denied, operation not permitted
+    if _is_refused(errors):
         told += (
             " (it may not read the process: run the server as the workers' user; in a "
             "container add the capability SYS_PTRACE; see kernel.yama.ptrace_scope)"
         )
     return f"py-spy: {told}"
+
+
+def _is_refused(errors: str) -> bool:
+    return "permi" in errors.lower()  # permission denied, operation not permitted

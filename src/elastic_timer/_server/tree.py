@@ -189,7 +189,9 @@ class Tree:
     def send(self, signal: int) -> None:
         """Send a signal to each that is held, but to none that is another user's by now."""
         for pid in self._held:
-            if user_of(pid) in self._users:
+            user = user_of(pid)
+            # Not known for want of a descriptor, most likely: it was theirs.
+            if user is None or user in self._users:
                 self._send(pid, signal)
 
     def forget_ended(self) -> None:
@@ -425,6 +427,8 @@ class Trees:
         try:
             starts = worker.kill(self._processes())
         finally:
+            # Whatever was stopped and is not killed: nobody else would let it go on.
+            worker.resume()
             worker.close()
         if starts:
             logger.warning("Killed what worker %s had started: %s", worker.name, _in_words(starts))
