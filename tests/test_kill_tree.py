@@ -698,7 +698,7 @@ def test_nobody_is_left_stopped(
     found = pids(worker, 2)
     trees = _tree.Trees()
     with ProcessHandle(worker.pid) as process:
-        trees.hold(process, stop=True)
+        trees.hold(process, True, "worker")
     assert states(found) == {"T"}
     monkeypatch.setattr(_tree, "user_of", user_of)
     with contextlib.suppress(MemoryError):
