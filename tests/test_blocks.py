@@ -298,10 +298,10 @@ def test_what_a_worker_overran_ends_with_it(measured: Measured) -> None:
         measured.blocks.expired(pid, "b")
     measured.blocks.ended(PID)
     assert measured.one()["entered"] == 2
-    for at in (70, 71):
-        for pid in (PID, PID + 1):
+    for pid in (PID, PID + 1):
+        for at in (70, 71):
             measured.acquire(NOW + at, 60, pid=pid)
-    assert measured.one()["entered"] == 3
+        assert measured.one()["entered"] == 3
 
 
 def test_unfinished_blocks_are_told_at_once(measured: Measured) -> None:

@@ -113,7 +113,7 @@ def test_not_in_the_block_at_all() -> None:
         "not in train.py#86 at all, where the others are in pass 7",
         "the only one that does not wait in a collective",
     ]
-    assert "in no block" in describe(answer)
+    assert "   in no block\n" in describe(answer)
 
 
 def test_a_copy_of_the_program_on_each_host() -> None:
