@@ -83,6 +83,7 @@ def take_time_and_stay(channel: Any, client: TimerClient) -> None:
     channel.recv()
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("spend", [in_python, in_c])
 def test_durations_are_the_workers_own(
     link: Link, fork_worker: Fork, spend: Callable[[float], None]
