@@ -72,6 +72,10 @@ _AT_ONCE = 0.05
 # comes before. In most cases it is there by then; if not, the rounds go on without it.
 _EVIDENCE_FIRST = 0.05
 
+# So short a time after requests were read, in seconds, they are not read once more before a signal:
+# amid rubbish without end that takes tens of milliseconds.
+_MOMENT = 0.001
+
 # The pause after requests could not be got: an error that comes back at once must not burn a core.
 _ERROR_PAUSE = 0.1
 
@@ -268,6 +272,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         # What listeners hear of once all who are due are signalled.
         self._outbox: list[Event] = []
         self._told_first_until = 0.0
+        self._last_read = 0.0
         self._is_heard = True
         # What overdue workers were sent in this round.
         self._sent: list[int] = []
@@ -609,6 +614,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         )
         if requests:
             self._register(requests)
+        self._last_read = _clock.monotonic()
         return bool(requests)
 
     def _find_expired(self, epoch: float) -> dict[int, list[_R]]:
@@ -697,6 +703,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
         if left > 0:
             self._events.publish(event)
             self._is_heard = self._events.flush(left)
+            if self._events.wants(type(event)):
+                self._last_read = 0.0  # Whoever heard may have had a release written.
         else:
             self._outbox.append(event)
 
@@ -740,8 +748,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
                 self._trees.hold(process, stop=is_last, name=name)
 
         self._with_tree(hold_tree)
-        # This took a while, as did the listeners. A release that was written before is there now.
-        if self._take_last_minute():
+        # Where this took a while, or the listeners did, a release may have been written before.
+        if self._last_read < _clock.monotonic() - _MOMENT and self._take_last_minute():
             if not is_due():
                 self._trees.let_go(pid)
                 return False
