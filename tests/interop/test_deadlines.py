@@ -50,6 +50,7 @@ def phases_that_hang(request: pytest.FixtureRequest) -> tuple[str, ...]:
     return PHASES if is_every else ("step",)
 
 
+@pytest.mark.timeout(600)  # Four hangs, one after the other.
 def test_each_hang_is_found_by_the_suggested_deadlines(
     launch: Launch, tmp_path: Path, phases_that_hang: tuple[str, ...]
 ) -> None:
