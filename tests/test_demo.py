@@ -84,7 +84,7 @@ def test_demo_that_goes_wrong(spawn: Callable[..., Child]) -> None:
     child = spawn(
         f"""
         from elastic_timer._command import demo as _demo
-        _demo._PATIENCE = 2.2
+        _demo._PATIENCE = 5
         _demo.FileTimerServer._reap_worker = lambda self, pid, signal: True
         {DEMO}
         """

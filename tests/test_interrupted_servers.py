@@ -54,7 +54,9 @@ PROGRAM = """
     server.stop()
     before = len(os.listdir("/proc/self/fd"))
     interrupts = 0
-    for number in range(rounds):
+    for number in range(10 * rounds):
+        if number >= rounds and interrupts > 1:  # On some machines a start is over in no time.
+            break
         if moment == "start":
             after = random.uniform(0.00002, 0.0012)
             try:

@@ -469,9 +469,9 @@ def test_parent_that_would_stop_with_its_child(
         """
         with open("/proc/self/comm", "w") as file:
             file.write("sudo" if sys.argv[1] == "is called sudo" else "somebody")
-        worker = start(start)
-        if sys.argv[1] == "has job control":
-            os.setpgid(worker, worker)
+        # Before it starts anything: a group that is left by all but what is stopped gets SIGHUP.
+        lead = [lambda: os.setpgid(0, 0)] if sys.argv[1] == "has job control" else []
+        worker = start(*lead, start)
         say(worker)
         _, status = os.waitpid(worker, os.WUNTRACED)
         say("stopped" if os.WIFSTOPPED(status) else "ended")

@@ -83,6 +83,7 @@ def test_c2_another_user_can_not_meddle(tmp_path: Path, fork_worker: Fork) -> No
     assert_nobody_can_meddle(tmp_path, fork_worker, 1)
 
 
+@pytest.mark.alone
 def test_b3_rubbish_without_end_delays_no_deadline(fifo_path: str, fork_worker: Fork) -> None:
     """With `yes` writing into the FIFO workers are reaped, if not to the ms: see tests/faults."""
     with running(FileTimerServer(fifo_path, "run", 60)), endless_rubbish(fifo_path):

@@ -19,6 +19,7 @@ import time
 from typing import TYPE_CHECKING, NoReturn, cast
 
 from elastic_timer import FileTimerServer, configure, expires
+from elastic_timer._evidence.facts import descendants_of
 from elastic_timer._evidence.picture import describe, who_hangs
 from elastic_timer._server.events import Event, JobHangs, TimerReleased, WorkerSignalled
 
@@ -135,6 +136,7 @@ class _Job:
         self._is_hanging = False
         self._suspects: list[int] = []
         self._reaped: list[int | None] = []
+        self._dead: list[str] = []
         self._is_done = False
         self._telling = threading.Lock()
         self._was_told = threading.Event()
@@ -147,6 +149,7 @@ class _Job:
             self._tell(f"attempt {attempt + 1}: {_RANKS} ranks start, with 1.5 s for each batch")
             self._start(attempt)
             dead = self._wait()
+            self._dead.append(dead)
             if not dead:
                 self._is_done = True
                 self._tell(f"all ranks are done, after {_STEPS} steps", "32")
@@ -158,7 +161,8 @@ class _Job:
         """Say how it went; the exit status."""
         claims = {
             f"The rank that hung, {_STUCK_RANK}, was named.": self._suspects == [_STUCK_RANK],
-            "It was reaped, and no other.": self._reaped == [_STUCK_RANK],
+            "It was reaped, and no other.": self._reaped == [_STUCK_RANK]
+            and self._dead[0] == f"rank {_STUCK_RANK} dead (SIGKILL)",
             "The job was started again, and finished.": self._is_done,
             "No process is left of it.": not self._left(),
         }
@@ -175,7 +179,8 @@ class _Job:
             try:
                 rank.wait(1)
             except subprocess.TimeoutExpired:
-                rank.kill()
+                for pid in [*descendants_of(rank.pid, {}, _RANKS), rank.pid]:
+                    os.kill(pid, signal.SIGKILL)
                 rank.wait()
 
     def _start(self, attempt: int) -> None:
