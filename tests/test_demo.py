@@ -80,11 +80,11 @@ def test_without_stacks(spawn: Callable[..., Child]) -> None:
 
 
 def test_demo_that_goes_wrong(spawn: Callable[..., Child]) -> None:
-    """A server that only claims to reap: exit status 1, it says so, and no rank is left."""
+    """Ranks that take too long: exit status 1, it says so, and none is left."""
     child = spawn(
         f"""
         from elastic_timer._command import demo as _demo
-        _demo._PATIENCE = 5
+        _demo._PATIENCE = 0.5
         _demo.FileTimerServer._reap_worker = lambda self, pid, signal: True
         {DEMO}
         """

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from elastic_timer import FileTimerClient, FileTimerRequest, FileTimerServer, expires
+from tests.servers import Link
 from tests.support import (
     FAR,
     Child,
@@ -247,3 +248,21 @@ def test_release_of_another_block_does_not_forgive(fifo_path: str, fork_worker: 
         assert worker.receive() == "SIGTERM"
         server.register_timers([release(worker.pid, "other"), release(os.getpid(), "block")])
         assert worker.wait(10) == -signal.SIGKILL
+
+
+def test_release_while_another_is_reaped(file_link: Link, fork_worker: Fork) -> None:
+    """Two are due at once; what is written while the first is signalled saves the second."""
+    pids = [fork_worker(wait_to_be_killed).pid for _ in range(2)]
+
+    class Server(FileTimerServer):
+        def _reap_worker(self, worker_pid: int, signal: int) -> bool:
+            for pid in pids:
+                file_link.put(pid, "block", -1)
+            return super()._reap_worker(worker_pid, signal)
+
+    server = Server(file_link.path, "run")
+    server.start()
+    for pid in pids:
+        file_link.put(pid, "block", 1.0)
+    server.run_once()  # The last round waits for all evidence, and then sees to all.
+    eventually(lambda: [is_alive(pid) for pid in pids].count(False) == 1)
