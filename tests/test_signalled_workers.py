@@ -23,6 +23,7 @@ from tests.support import (
     overrun,
     running,
     start_with_pid,
+    wait_dead,
     wait_to_be_killed,
 )
 
@@ -266,3 +267,24 @@ def test_release_while_another_is_reaped(file_link: Link, fork_worker: Fork) -> 
         file_link.put(pid, "block", 1.0)
     server.run_once()  # The last round waits for all evidence, and then sees to all.
     eventually(lambda: [is_alive(pid) for pid in pids].count(False) == 1)
+
+
+def test_end_while_another_is_reaped(file_link: Link, fork_worker: Fork) -> None:
+    """Two are due at once; the second has ended by the time that the first is signalled."""
+    workers = [fork_worker(wait_to_be_killed) for _ in range(2)]
+    reaped: list[int] = []
+
+    class Server(FileTimerServer):
+        def _reap_worker(self, worker_pid: int, signal: int) -> bool:
+            reaped.append(worker_pid)
+            for worker in workers:
+                os.kill(worker.pid, signal)
+                wait_dead(worker)
+            return True
+
+    server = Server(file_link.path, "run")
+    server.start()
+    for worker in workers:
+        file_link.put(worker.pid, "block", 1.0)
+    server.run_once()
+    assert len(reaped) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
 from collections.abc import Mapping, MutableMapping
 
 from elastic_timer._server.callbacks import contained_logger
@@ -36,6 +37,7 @@ class Notifier:
         self._is_watched = is_ours and period.isdecimal() and int(period) > 0
         self._period = int(period) / 1e6 if self._is_watched else float("inf")
         self._told = ""
+        self._sending = threading.Lock()
 
     @property
     def is_wanted(self) -> bool:
@@ -70,16 +72,16 @@ class Notifier:
         self._send("STOPPING=1")
 
     def _send(self, text: str) -> None:
-        if not self._address:
-            return
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
-                sender.settimeout(_PATIENCE)
-                sender.sendto(text.encode(), self._address)
-        except OSError as error:
-            # Once: it would come with every round.
-            logger.warning("Can't tell systemd how things stand: %s", error)
-            self._address = ""
+        with self._sending:  # Two threads do this, and what is wrong is to be said once.
+            if not self._address:
+                return
+            try:
+                with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sender:
+                    sender.settimeout(_PATIENCE)
+                    sender.sendto(text.encode(), self._address)
+            except OSError as error:
+                logger.warning("Can't tell systemd how things stand: %s", error)
+                self._address = ""
 
 
 def remove_variables(environment: MutableMapping[str, str]) -> None:
