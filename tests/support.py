@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import multiprocessing
 import os
@@ -32,6 +33,9 @@ FAR = 600.0
 
 ALLOWED_LATENESS = 2.0
 """How late a reap may be in tests, in seconds: a bound for busy machines; a few ms are usual."""
+
+NOBODY = 65534
+"""A user that has no rights."""
 
 _T = TypeVar("_T")
 
@@ -364,6 +368,21 @@ def no_more_threads() -> Iterator[None]:
         yield
     finally:
         threading.stack_size(before)
+
+
+def become_nobody() -> None:
+    """Give up all rights for good."""
+    # What a server imports: nobody may not be let read where it is installed.
+    for module in (
+        "_evidence.collector",
+        "_server.loop",
+        "_server.status",
+        "_transport.status_socket",
+    ):
+        importlib.import_module(f"elastic_timer.{module}")
+    os.setgroups([])
+    os.setresgid(NOBODY, NOBODY, NOBODY)
+    os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 def wait_to_be_killed(channel: Any) -> None:

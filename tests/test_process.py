@@ -25,6 +25,7 @@ from elastic_timer._server.process import (
     user_of,
 )
 from tests.support import (
+    NOBODY,
     Fork,
     ForkedWorker,
     eventually,
@@ -241,9 +242,6 @@ def test_pidfd_that_cannot_be_had(
     assert process.pidfd is None
     process.send(signal.SIGTERM)
     assert worker.wait() == -signal.SIGTERM
-
-
-NOBODY = 65534
 
 
 def signal_as_nobody(channel: Any, victim: int) -> None:

@@ -29,9 +29,11 @@ from elastic_timer._transport.status_socket import Question, StatusSocket, find
 from tests.servers import Serve
 from tests.support import (
     FAR,
+    NOBODY,
     Child,
     Fork,
     assert_reaped_in_time,
+    become_nobody,
     eventually,
     no_more_descriptors,
     open_descriptors,
@@ -47,8 +49,6 @@ pytestmark = pytest.mark.skipif(
 
 SCHEMA = json.loads((resources.files("elastic_timer") / "status.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
-
-NOBODY = 65534
 
 
 def ask(path: str, patience: float = 10) -> dict[str, Any]:
@@ -242,13 +242,6 @@ def test_root_is_answered(serve: Serve) -> None:
         assert ask(path)["run_id"] == "nobody's"
         # "Every server of this user" has none of another's.
         assert path not in find()
-
-
-def become_nobody() -> None:
-    """Give up all rights for good."""
-    os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 def test_server_of_another_user_is_not_believed(

@@ -10,6 +10,7 @@ import socket
 import sys
 import textwrap
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -76,7 +77,7 @@ class Systemd:
 def systemd(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Systemd]:
     """Both kinds of addresses in turn."""
     path = str(tmp_path / "notify")
-    address = path if request.param == "path" else f"@elastic-timer-test-{os.getpid()}-{path}"
+    address = path if request.param == "path" else f"@elastic-timer-test-{uuid.uuid4()}"
     if request.param == "abstract" and sys.platform != "linux":
         pytest.skip("only Linux has abstract addresses")
     with contextlib.closing(Systemd(address)) as made:

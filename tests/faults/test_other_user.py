@@ -17,26 +17,19 @@ from tests.servers import Link, ServerProcess
 from tests.support import (
     ALLOWED_LATENESS,
     FAR,
+    NOBODY,
     Fork,
     assert_reaped_in_time,
+    become_nobody,
     eventually,
     is_alive,
     overrun,
     wait_dead,
 )
 
-NOBODY = 65534
-
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0, reason="this system lets only root change the user of a process"
 )
-
-
-def become_nobody() -> None:
-    """Give up all rights for good."""
-    os.setgroups([])
-    os.setresgid(NOBODY, NOBODY, NOBODY)
-    os.setresuid(NOBODY, NOBODY, NOBODY)
 
 
 @pytest.fixture(params=["file", "queue"])
