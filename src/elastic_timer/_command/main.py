@@ -9,11 +9,14 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
+from inspect import signature
+from typing import TypeVar
 
 from elastic_timer import __version__
 from elastic_timer._command.run import ENDED_BY_SIGNAL, Options, run
+
+_Asked = TypeVar("_Asked")
 
 _STDERR = 2
 
@@ -230,8 +233,7 @@ def _status(options: argparse.Namespace) -> int:
         options.parser.error("status takes no COMMAND")
     if options.check and (options.json or options.stacks or options.watch is not None):
         options.parser.error("--check says one thing, once: leave out --json, --stacks, --watch")
-    asked = {field.name: getattr(options, field.name) for field in fields(StatusOptions)}
-    return status(StatusOptions(**asked))
+    return status(_asked(StatusOptions, options))
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -260,11 +262,14 @@ def _run(options: argparse.Namespace) -> int:
     if not hasattr(os, "posix_spawnp"):
         parser.error("this needs FIFOs and signals, which this platform does not have")
     try:
-        # Whatever is asked for bears the name that the parser has it by.
-        asked = {field.name: getattr(options, field.name) for field in fields(Options)}
-        return run(Options(**asked))
+        return run(_asked(Options, options))
     except (OSError, NotImplementedError) as error:
         parser.error(str(error))
+
+
+def _asked(kind: Callable[..., _Asked], options: argparse.Namespace) -> _Asked:
+    """The dataclass of what was asked for, whose fields bear the names of the parser's options."""
+    return kind(**{name: getattr(options, name) for name in signature(kind).parameters})
 
 
 class _StderrHandler(logging.Handler):

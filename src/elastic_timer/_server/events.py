@@ -107,8 +107,8 @@ class TimerExpired(TimerEvent[_Request]):
 
 
 @dataclasses.dataclass(frozen=True)
-class WorkerSignalled(TimerEvent[_Request]):
-    """A worker was sent a signal for one of its timers.
+class WorkerDue(TimerEvent[_Request]):
+    """A worker was due to be signalled for one of its timers.
 
     Attributes:
         signal: The signal's number.
@@ -116,26 +116,23 @@ class WorkerSignalled(TimerEvent[_Request]):
         scopes: All scopes of the worker that had expired, oldest first.
     """
 
-    name: ClassVar[str] = "kill worker process"
     signal: int
     seconds_late: float
     scopes: list[str]
 
 
 @dataclasses.dataclass(frozen=True)
-class WorkerSpared(TimerEvent[_Request]):
-    """A worker would have been sent a signal, had the server not been told to signal nobody.
+class WorkerSignalled(WorkerDue[_Request]):
+    """The worker was sent the signal."""
 
-    Attributes:
-        signal: The signal's number.
-        seconds_late: How long after the timer's deadline.
-        scopes: All scopes of the worker that had expired, oldest first.
-    """
+    name: ClassVar[str] = "kill worker process"
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerSpared(WorkerDue[_Request]):
+    """The worker would have been sent it, had the server not been told to signal nobody."""
 
     name: ClassVar[str] = "would kill worker process"
-    signal: int
-    seconds_late: float
-    scopes: list[str]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,6 @@ import threading
 import weakref
 from collections.abc import Callable
 
-# Imported together with the first server, so that the first reap does not wait for an import.
-import elastic_timer._evidence.collector  # noqa: F401
 from elastic_timer._server import callbacks
 
 logger = callbacks.contained_logger(__name__)

@@ -27,6 +27,7 @@ from elastic_timer._server.events import (
     TimerExpired,
     TimerReleased,
     WatchdogRound,
+    WorkerDue,
     WorkerExited,
     WorkerSignalled,
     WorkerSpared,
@@ -252,9 +253,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._workers: Workers[_R] = Workers(self._loop)
         self._timers = self._workers.table
         self._events = Events()
-        self._events.subscribe(
-            self._log_signalled, WorkerSignalled, WorkerSpared, queue=callbacks.the_log()
-        )
+        self._events.subscribe(self._log_signalled, WorkerDue, queue=callbacks.the_log())
         self._inquests = Inquests(
             run_id,
             lambda expired: self._call_debug_hook(expired),
@@ -912,7 +911,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         callbacks.flush_log(end - _clock.monotonic())
 
     def _log_signalled(self, event: Event) -> None:
-        assert isinstance(event, (WorkerSignalled, WorkerSpared))
+        assert isinstance(event, WorkerDue)
         logging.getLogger(__name__).warning(
             "%s worker %s with signal %s, %.3f s after its deadline: %s",
             "Reaped" if isinstance(event, WorkerSignalled) else "Dry run: would have reaped",
