@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 import elastic_timer
-from elastic_timer import FileTimerClient, FileTimerServer
+from elastic_timer import FileTimerClient, FileTimerServer, debug_info_logging
 from tests.jobs import PRELUDE
 from tests.servers import Link, Serve, Server, ServerProcess, serve_questions
 from tests.support import (
@@ -67,6 +67,15 @@ def pytest_runtest_makereport(
     report = yield
     item.stash[_FAILED] = item.stash.get(_FAILED, False) or report.failed
     return report
+
+
+@pytest.fixture(autouse=True)
+def _default_evidence() -> Iterator[None]:
+    """Undo what a test has said of the evidence for all servers of its process."""
+    yield
+    debug_info_logging.set_stacks_timeout(2.0)
+    debug_info_logging.set_native_stacks(False)
+    debug_info_logging._handlers.clear()
 
 
 @pytest.fixture(scope="session", autouse=True)

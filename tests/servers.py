@@ -6,6 +6,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,30 @@ from elastic_timer import (
 from tests.support import ForkedWorker, eventually, process_state
 
 Server = Any  # FileTimerServer or LocalTimerServer
+
+
+class LooksAway(FileTimerServer):
+    """A server that reads nothing from the moment that it is told to until it is told otherwise."""
+
+    def __init__(self, path: str) -> None:
+        super().__init__(path, "run", 0.02)
+        self._is_told, self._is_away, self._may_look = (threading.Event() for _ in range(3))
+
+    def look_away(self) -> None:
+        """Return when it does."""
+        self._is_told.set()
+        assert self._is_away.wait(20)
+
+    def look(self) -> None:
+        """Have it go on."""
+        self._is_told.clear()
+        self._may_look.set()
+
+    def _get_requests(self, fd: Any, max_interval: float) -> list[FileTimerRequest]:
+        if self._is_told.is_set():
+            self._is_away.set()
+            self._may_look.wait(20)
+        return super()._get_requests(fd, max_interval)
 
 
 class Link:

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,6 @@ SHELL = """
     import subprocess
     subprocess.run(["sh", "-c", "echo started; sleep 600; true"])
     """
-
-
-@pytest.fixture(autouse=True)
-def _default_settings() -> Iterator[None]:
-    yield
-    set_stacks_timeout(2.0)
 
 
 @pytest.fixture

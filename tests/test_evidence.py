@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from elastic_timer import FileTimerServer, LocalTimerServer, _clock, debug_info_logging
+from elastic_timer import FileTimerServer, LocalTimerServer, _clock
 from elastic_timer._evidence import stacks
 from elastic_timer._evidence.expiry import describe_stacks
 from elastic_timer._server.events import TimerExpired
@@ -89,14 +89,6 @@ STUCK = {
 def hang_line(source: str) -> int:
     """The number of the line that a worker's source hangs in."""
     return next(n for n, line in enumerate(source.split("\n"), 1) if "# here" in line)
-
-
-@pytest.fixture(autouse=True)
-def _default_settings() -> Iterator[None]:
-    """Give each test the default bound and no handlers."""
-    yield
-    set_stacks_timeout(2.0)
-    debug_info_logging._handlers.clear()
 
 
 @pytest.fixture

@@ -11,14 +11,12 @@ from typing import Any
 
 import pytest
 
-from elastic_timer import FileTimerRequest, FileTimerServer
 from elastic_timer._server.events import Event, TimerExpired
 from elastic_timer.debug_info_logging import (
     add_debug_info_handler,
-    remove_debug_info_handler,
     set_stacks_timeout,
 )
-from tests.servers import Link
+from tests.servers import Link, LooksAway
 from tests.support import (
     FAR,
     Fork,
@@ -54,8 +52,6 @@ def asked() -> Iterator[Asked]:
     set_stacks_timeout(0)
     yield handler
     handler.go_on.set()
-    remove_debug_info_handler(handler)
-    set_stacks_timeout(2.0)
 
 
 def test_requests_are_read_while_it_is_under_way(
@@ -149,35 +145,24 @@ def test_number_that_was_given_away_meanwhile(
     fifo_path: str, fork_worker: Fork, asked: Asked
 ) -> None:
     """The inquest of a worker that has ended is none of the one that gets its number."""
-    looks_away, is_away, may_look = threading.Event(), threading.Event(), threading.Event()
-
-    class LooksAway(FileTimerServer):
-        def _get_requests(self, fd: Any, max_interval: float) -> list[FileTimerRequest]:
-            if looks_away.is_set():
-                is_away.set()
-                may_look.wait(20)
-            return super()._get_requests(fd, max_interval)
-
     records: list[Any] = []
     set_stacks_timeout(20)
     link = Link("file", fifo_path)
     old = fork_worker(wait_to_be_killed)
-    with running(LooksAway(fifo_path, "run", 0.02)) as server:
+    with running(LooksAway(fifo_path)) as server:
         server.subscribe(records.append, TimerExpired)
         link.put(old.pid, "block", time.time())
         assert asked.begun.wait(20)
-        looks_away.set()
-        assert is_away.wait(20)
+        server.look_away()
         old.process.kill()
         old.process.join()
         new = start_with_pid(old.pid)
         if new is None:
-            may_look.set()
+            server.look()
             pytest.skip("this system does not let a process choose a pid")
         try:
             link.put(new.pid, "block", time.time())
-            looks_away.clear()
-            may_look.set()
+            server.look()
             eventually(lambda: server._timers.scopes(new.pid) == ["block"])
             asked.go_on.set()
             assert new.wait(20) == -signal.SIGKILL

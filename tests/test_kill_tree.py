@@ -36,10 +36,8 @@ pytestmark = pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="n
 
 
 @pytest.fixture(autouse=True)
-def _no_stacks() -> Iterator[None]:
+def _no_stacks() -> None:
     set_stacks_timeout(0)
-    yield
-    set_stacks_timeout(2.0)
 
 
 # Who is killed -----------------------------------------------------------------------------------

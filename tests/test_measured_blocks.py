@@ -83,6 +83,12 @@ def take_time_and_stay(channel: Any, client: TimerClient) -> None:
     channel.recv()
 
 
+def durations(blocks: dict[str, Any]) -> list[float]:
+    """What was measured of `take_time`, in its order: the first pass of a block, then the other."""
+    found = (blocks[str(seconds)] for seconds in PAUSES)
+    return [longest for block in found for longest in (block["first"]["longest"], block["longest"])]
+
+
 @pytest.mark.alone
 @pytest.mark.parametrize("spend", [in_python, in_c])
 def test_durations_are_the_workers_own(
@@ -103,12 +109,11 @@ def test_durations_are_the_workers_own(
             wait_until_gone(server, worker.pid)
         blocks = measured()
         assert set(blocks) == set(map(str, PAUSES))
-        found = []
         for block in (blocks[str(seconds)] for seconds in PAUSES):
             counts = (block["entered"], block["left"], block["first"]["left"])
             assert (*counts, block["expired"], block["unfinished"]) == (2, 1, 1, 0, 0)
             assert (block["after"], block["pid"]) == (60, worker.pid)
-            found += [block["first"]["longest"], block["longest"]]
+        found = durations(blocks)
         allowed = [max(0.02, 0.02 * own) for own in took]
         differences.append([abs(a - b) for a, b in zip(found, took, strict=True)])
         if all(map(float.__le__, differences[-1], allowed)):
@@ -131,12 +136,8 @@ def test_a_server_that_is_busy_measures_all_the_same(
         worker.send("end")
         assert worker.wait() == 0
         wait_until_gone(server, worker.pid)
-    blocks = measured()
-    found = [blocks[str(seconds)][part] for seconds in PAUSES for part in ("first", "longest")]
-    for mine, own in list(zip(found, took, strict=True))[:-1]:
-        longest = mine["longest"] if isinstance(mine, dict) else mine
-        # Half of what it was late by: far more than the machine is busy, far less than unseen.
-        assert longest == pytest.approx(own, abs=0.25)
+    # Half of what it was late by: far more than the machine is busy, far less than unseen.
+    assert durations(measured())[:-1] == pytest.approx(took[:-1], abs=0.25)
 
 
 def tick_and_pause(channel: Any, client: TimerClient) -> None:
@@ -197,11 +198,7 @@ def test_a_server_that_waits_for_evidence_measures_all_the_same(
         worker.send("end")
         assert worker.wait() == 0
         wait_until_gone(server, worker.pid)
-    blocks = measured()
-    found = [blocks[str(seconds)][part] for seconds in PAUSES for part in ("first", "longest")]
-    for mine, own in list(zip(found, took, strict=True))[:-1]:
-        longest = mine["longest"] if isinstance(mine, dict) else mine
-        assert longest == pytest.approx(own, abs=0.1)
+    assert durations(measured())[:-1] == pytest.approx(took[:-1], abs=0.1)
 
 
 def enter_again(channel: Any, client: TimerClient, pauses: list[float]) -> None:

@@ -66,13 +66,6 @@ RANK = """
 RUN_ID = f"nightly-{uuid.uuid4().hex}"
 
 
-@pytest.fixture(autouse=True)
-def _default_settings() -> Iterator[None]:
-    yield
-    set_stacks_timeout(2.0)
-    set_native_stacks(False)
-
-
 class Ranks:
     """The ranks of a job, each where it was told to be."""
 

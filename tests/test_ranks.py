@@ -51,13 +51,10 @@ def test_the_ranks_are_told(
 ) -> None:
     """In the text and as fields; without them the text is as before, the fields are None."""
     set_stacks_timeout(0)
-    try:
-        ranked, unranked = sleeping(JOB), sleeping({})
-        log_debug_info_for_expired_timers(
-            "run", {pid: expired(pid) for pid in (ranked, unranked, -ranked)}
-        )
-    finally:
-        set_stacks_timeout(2.0)
+    ranked, unranked = sleeping(JOB), sleeping({})
+    log_debug_info_for_expired_timers(
+        "run", {pid: expired(pid) for pid in (ranked, unranked, -ranked)}
+    )
     first, *others = logged(caplog)
     assert (first.timer_rank, first.timer_local_rank) == (3, 1)
     assert first.getMessage().startswith(f"worker {ranked} (rank 3) of run 'run' is past")

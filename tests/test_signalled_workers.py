@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 
 from elastic_timer import FileTimerClient, FileTimerRequest, FileTimerServer, expires
-from tests.servers import Link
+from tests.servers import Link, LooksAway
 from tests.support import (
     FAR,
     Child,
@@ -192,32 +191,21 @@ def test_a11_reused_pid_is_a_new_worker(
     fifo_path: str, fork_worker: Fork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The new process of that number wrote while the server looked away: it is watched."""
-    looks_away, is_away, wrote = threading.Event(), threading.Event(), threading.Event()
-
-    class LooksAway(FileTimerServer):
-        def _get_requests(self, fd: Any, max_interval: float) -> list[FileTimerRequest]:
-            if looks_away.is_set():
-                is_away.set()
-                wrote.wait(20)
-            return super()._get_requests(fd, max_interval)
-
     client = FileTimerClient(fifo_path)
     old = fork_worker(wait_to_be_killed)
-    with running(LooksAway(fifo_path, "run", 0.02)) as server:
+    with running(LooksAway(fifo_path)) as server:
         client._send_request(acquire(old.pid, "old", FAR))
         eventually(lambda: server._timers)
-        looks_away.set()
-        assert is_away.wait(20)
+        server.look_away()
         old.process.kill()
         old.process.join()
         new = start_with_pid(old.pid)
         if new is None:
-            wrote.set()
+            server.look()
             pytest.skip("this system does not let a process choose a pid")
         try:
             client._send_request(acquire(new.pid, "new", 0.5))
-            looks_away.clear()
-            wrote.set()
+            server.look()
             assert new.wait(20) == -signal.SIGKILL
         finally:
             new.kill()

@@ -36,13 +36,6 @@ HANG_IN_A_BLOCK = """
     """
 
 
-@pytest.fixture(autouse=True)
-def _default_settings() -> Iterator[None]:
-    """Give each test a process that has taken no stacks yet."""
-    yield
-    set_stacks_timeout(2.0)
-
-
 @pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Path]:
     """`stand_in(script)`: has a shell script run as py-spy; returns the log of its arguments."""
