@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import elastic_timer
 from elastic_timer import FileTimerClient, FileTimerServer, debug_info_logging
@@ -35,6 +36,10 @@ from tests.support import (
 )
 
 _FAILED = pytest.StashKey[bool]()
+
+# How long an example takes tells of what else the machine does.
+settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy")
 
 # Each takes a second or two of a core to begin.
 _WORKERS_PER_CORE = 4

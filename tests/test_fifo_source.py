@@ -17,6 +17,7 @@ import pytest
 
 from elastic_timer._server.callbacks import flush_log
 from elastic_timer._transport import fifo as _fifo
+from elastic_timer._transport import rubbish
 from elastic_timer._transport.fifo import FifoSource
 from elastic_timer._transport.pipe import CAPACITY
 from elastic_timer._transport.wire import Fields
@@ -74,10 +75,16 @@ def test_b3_round_reads_a_part_and_the_last_look_all(
     "line", [b"y\n", b"{\n", b"x" * 60 + b"\n"], ids=["short", "brace", "no-brace"]
 )
 def test_b3_rubbish_is_dropped_in_no_time(
-    fifo_path: str, source: FifoSource[Fields], line: bytes, caplog: pytest.LogCaptureFixture
+    fifo_path: str,
+    source: FifoSource[Fields],
+    line: bytes,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A pipe full of it takes some hundredths of a second, not seconds; what is behind counts."""
     fcntl.fcntl(source.fileno(), fcntl.F_SETPIPE_SZ, CAPACITY)
+    # It is all of one second, however long it takes.
+    monkeypatch.setattr(rubbish, "monotonic", lambda: 1.0)
     lines = (CAPACITY - 8192) // len(line)
     write_raw(fifo_path, line * lines)
     write_raw(fifo_path, wire_line())

@@ -269,7 +269,6 @@ def examples(number: int) -> settings:
     # The fixtures may be shared: each example has a server of its own.
     return settings(
         max_examples=number,
-        deadline=None,
         suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
     )
 

@@ -30,7 +30,8 @@ from elastic_timer._worker import holds
 from elastic_timer._worker.handles import NEVER
 
 SCOPES = st.sampled_from("abc")
-SECONDS = st.sampled_from([10.0, 100.0, 1000.0])
+# On a busy machine nothing takes a tenth of that, after which a tick is sent.
+SECONDS = st.sampled_from([1e4, 1e5, 1e6])
 ALLOWED = 5.0
 """By how many seconds a deadline may differ: the model and the client look at different times."""
 
@@ -250,6 +251,5 @@ TestBlocks = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system h
 TestBlocks.settings = settings(
     max_examples=100,
     stateful_step_count=30,
-    deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
 )

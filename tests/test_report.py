@@ -16,7 +16,7 @@ from typing import Any
 
 import jsonschema
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from elastic_timer._command import event_reader
@@ -286,7 +286,6 @@ SAMPLE = sample()
 PATHS = paths_in(SAMPLE)
 
 
-@settings(deadline=None)  # A busy machine has no say in this.
 @given(
     st.sampled_from(PATHS[1:]),
     st.sampled_from([None, 7, -1.5, 1e999, 10**400, "x", "1", True, [], {}, [None], {"a": None}]),

@@ -113,9 +113,7 @@ class AgainstADictionary(RuleBasedStateMachine):
         assert len(self.table._settled) <= self.serial
 
 
-AgainstADictionary.TestCase.settings = settings(
-    max_examples=60, stateful_step_count=30, deadline=None
-)
+AgainstADictionary.TestCase.settings = settings(max_examples=60, stateful_step_count=30)
 TestAgainstADictionary = AgainstADictionary.TestCase
 TestAgainstADictionary.__doc__ = "Whatever is done to it, a table tells what a dictionary tells."
 

@@ -9,7 +9,7 @@ import signal
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from elastic_timer._transport.pipe import PIPE_BUF
@@ -218,7 +218,6 @@ def test_request_within_a_scope_is_no_request(fields: Fields, key: str) -> None:
     assert decode_or_reason(json.dumps(outer).encode()) is None
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.one_of(requests().map(encoded), st.binary(max_size=80)), max_size=8),
     st.data(),

@@ -8,7 +8,7 @@ import subprocess
 from unittest.mock import Mock
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     Bundle,
@@ -281,12 +281,7 @@ class AgainstADictionaryWithoutPidfds(AgainstADictionary):
 
 
 for machine in (AgainstADictionary, AgainstADictionaryWithoutPidfds):
-    machine.TestCase.settings = settings(
-        max_examples=50,
-        stateful_step_count=40,
-        deadline=None,
-        suppress_health_check=[HealthCheck.too_slow],
-    )
+    machine.TestCase.settings = settings(max_examples=50, stateful_step_count=40)
 
 TestAgainstADictionary = AgainstADictionary.TestCase
 TestAgainstADictionary.__doc__ = (
