@@ -165,7 +165,7 @@ def test_s8_time(run: Callable[..., Child]) -> None:
     """Each record has its time, and its traceback where there is one."""
     source = f"""
         import logging, time
-        from elastic_timer._command import main as command
+        from elastic_timer._command import run as command
 
         def tell(*_):
             before = time.time()

@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import re
+import resource
 import selectors
 import signal
 import socket
@@ -28,8 +29,20 @@ from elastic_timer._command.main import main
 from elastic_timer._command.status_table import Style, table
 from elastic_timer._transport.status_socket import Question, find
 from tests.servers import Serve
-from tests.support import CLI, FAR, Child, Fork, Spawn, eventually, overrun, running, wire_line
-from tests.test_status_socket import VALIDATOR
+from tests.support import (
+    CLI,
+    FAR,
+    Child,
+    Fork,
+    Spawn,
+    eventually,
+    overrun,
+    process_state,
+    running,
+    wait_to_be_killed,
+    wire_line,
+)
+from tests.test_status_socket import VALIDATOR, hold
 
 pytestmark = pytest.mark.skipif(
     not hasattr(socket, "SO_PEERCRED"), reason="this system does not tell who connects"
@@ -107,6 +120,40 @@ def snapshot(path: str) -> dict[str, Any]:
     """What a server tells."""
     with Question(path, 10) as question:
         return question.answer()
+
+
+def test_what_ten_thousand_timers_cost(spawn: Spawn, fifo_path: str, tmp_path: Path) -> None:
+    """The command and the server together take less than 200 ms of a processor.
+
+    Not of the clock, which tells more of what else the machine does; and the best of some counts.
+    """
+    # As installed: compiled once, and measured by nobody else.
+    env = dict.fromkeys(("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"), "")
+    env |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path / "compiled")}
+    source = """
+        import sys
+        from elastic_timer import FileTimerServer
+        with FileTimerServer(sys.argv[1], "run", status=True):
+            print("ready", flush=True)
+            sys.stdin.readline()
+        """
+    server = spawn(source, fifo_path, env=env)
+    assert server.readline() == "ready"
+    hold(fifo_path, os.getpid(), [f"/home/me/train.py#{number}" for number in range(10_000)])
+
+    def seconds_used() -> float:
+        # The clock of that process, as clock_getcpuclockid(3) builds it.
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.clock_gettime(~server.pid << 3 | 2) + children.ru_utime + children.ru_stime
+
+    def seconds_of_a_look() -> float:
+        before = seconds_used()
+        command = spawn(CLI, "status", "--json", "--timer-file", fifo_path, env=env)
+        assert len(json.loads(command.readline())["timers"]) == 10_000
+        assert command.wait() == 0
+        return seconds_used() - before
+
+    eventually(lambda: seconds_of_a_look() < 0.2)
 
 
 def test_table_of_a_run(job: Child, fifo_path: str, status: Status) -> None:
@@ -198,6 +245,23 @@ def test_no_server(
     monkeypatch.setattr(command, "find", lambda: [fifo_path])
     assert main(["status"]) == 1
     assert capsys.readouterr().out == ""
+
+
+def test_states_whatever_scopes_are(
+    server: FileTimerServer, fifo_path: str, status: Status, fork_worker: Fork
+) -> None:
+    """Each worker's is its own, though a scope may look like what comes before it."""
+    worker = fork_worker(wait_to_be_killed)
+    eventually(lambda: process_state(worker.pid) == "S")
+    hostile = [f'{{"pid":{worker.pid},"state":"X",', '"', "\\", '\\{"pid":1,', "plain"]
+    hold(fifo_path, worker.pid, hostile)
+    hold(fifo_path, -os.getpgrp(), hostile)
+    answer = json.loads(status("--timer-file", fifo_path, "--json"))
+    VALIDATOR.validate(answer)
+    assert [(timer["pid"], timer["scope"], timer["state"]) for timer in answer["timers"]] == [
+        *((worker.pid, scope, "S") for scope in hostile),
+        *((-os.getpgrp(), scope, None) for scope in hostile),
+    ]
 
 
 @pytest.mark.parametrize("text", [b"", b"{}", b"rubbish"])

@@ -11,6 +11,7 @@ import shutil
 import signal
 import socket
 import stat
+import sys
 import tempfile
 import threading
 import time
@@ -154,6 +155,15 @@ def test_timer_that_was_acquired_anew(
         [timer] = ask(fifo_path)["timers"]
         assert after - 5 < timer["left"] <= timer["after"] <= after
         assert timer["pass"] == 1
+
+
+def test_deadline_that_never_comes(
+    server: FileTimerServer, fifo_path: str, client: FileTimerClient
+) -> None:
+    """It may be as far away as a number can be."""
+    client.acquire("for good", sys.float_info.max)
+    [timer] = ask(fifo_path)["timers"]
+    assert timer["left"] == timer["after"] == sys.float_info.max
 
 
 def test_hostile_scopes(server: FileTimerServer, fifo_path: str) -> None:

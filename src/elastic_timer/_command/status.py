@@ -29,6 +29,9 @@ _STACKS_PATIENCE = 20.0
 # What a timer server tells at least; anything may listen on a socket.
 _FIELDS = {"run_id", "pid", "uptime", "last_round_age", "timers"}
 
+# How each of its timers begins.
+_TIMER = '{"pid":'
+
 _NONE = "no timer server of this user runs on this host"
 
 _CLEAR_LINE = "\x1b[K"
@@ -68,6 +71,8 @@ class _Server:
     answer: dict[str, Any] | None
     problem: str = ""
     is_gone: bool = False
+    # The answer as it came.
+    told: str = ""
 
 
 def status(options: StatusOptions) -> int:
@@ -214,7 +219,7 @@ def _server(path: str, patience: float) -> _Server:
     states = {pid: _state_of(pid) for pid in pids}
     for timer in answer["timers"]:
         timer["state"] = states[timer["pid"]]
-    return _Server(path, answer)
+    return _Server(path, answer, told=question.told.decode())
 
 
 def _state_of(pid: int) -> str | None:
@@ -236,12 +241,14 @@ def _lines(options: StatusOptions, servers: list[_Server], style: Style) -> list
             continue
         stacks = _stacks(server.answer) if options.stacks else []
         if options.json:
+            line = _with_states(server.told, server.answer["timers"])
             if options.stacks:
-                server.answer["stacks"] = [
+                taken = [
                     {"pid": worker["pid"], "rank": worker["rank"], **worker["taken"]}
                     for worker in stacks
                 ]
-            lines.append(json.dumps(server.answer))
+                line = f'{line[:-1]},"stacks":{json.dumps(taken)}}}'
+            lines.append(line)
             continue
         if lines:
             lines.append("")
@@ -249,6 +256,21 @@ def _lines(options: StatusOptions, servers: list[_Server], style: Style) -> list
         for worker in stacks:
             lines += ["", *_described(worker, style)]
     return lines
+
+
+def _with_states(told: str, timers: list[dict[str, Any]]) -> str:
+    """What a server has told, and of each timer the state of its process.
+
+    To encode 10,000 timers anew would take longer than it took the server.
+    """
+    states = {timer["pid"]: timer["state"] for timer in timers}
+    known = {str(pid): f'{pid},"state":{json.dumps(state)},' for pid, state in states.items()}
+    # Within a text there is no such thing: quotation marks in one have a backslash before them.
+    first, *others = told.rstrip().split(_TIMER)
+    for number, other in enumerate(others):
+        pid, _, rest = other.partition(",")
+        others[number] = known[pid] + rest
+    return _TIMER.join([first, *others])
 
 
 def _described(worker: dict[str, Any], style: Style) -> list[str]:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from elastic_timer._server.server import Progress
     from elastic_timer._server.workers import Workers
 
+# A deadline that is so many seconds away is not meant to come.
+_NEVER = 1e12
+
 
 class Snapshot(NamedTuple):
     """A server at one moment: what is known of itself, and its timers one by one."""
@@ -75,8 +78,14 @@ class Snapshots:
                     "rank": rank,
                     "local_rank": local_rank,
                     "scope": scope,
-                    "acquired": round(epoch - now + since, 3),
-                    "after": round(deadline - since, 3),
-                    "left": round(deadline - now, 3),
+                    "acquired": _to_the_millisecond(epoch - now + since),
+                    "after": _to_the_millisecond(deadline - since),
+                    "left": _to_the_millisecond(deadline - now),
                     "pass": passes.get(block_of(scope)),
                 }
+
+
+def _to_the_millisecond(seconds: float) -> float:
+    """As `round(seconds, 3)`, which takes several times as much of the watchdog's time."""
+    # The product of one that is never meant to come could be infinite, which can't be rounded.
+    return round(seconds * 1000) / 1000 if seconds < _NEVER else seconds

@@ -415,6 +415,8 @@ class Question:
     """
 
     def __init__(self, path: str, patience: float) -> None:
+        # What the server has answered, as it came.
+        self.told = bytearray()
         self._give_up_at = _clock.monotonic() + patience
         self._connection = socket.socket(socket.AF_UNIX)
         # A blocking one waits for room in the queue, others do not.
@@ -454,7 +456,6 @@ class Question:
             ValueError: What it answers is no JSON object, or not all of one.
             OSError: It has hung up.
         """
-        told = bytearray()
         while True:
             left = self._give_up_at - _clock.monotonic()
             if left <= 0:
@@ -463,8 +464,8 @@ class Question:
             piece = self._connection.recv(1 << 18)
             if not piece:
                 break
-            told += piece
-        answer = json.loads(told)
+            self.told += piece
+        answer = json.loads(self.told)
         if not isinstance(answer, dict):
             raise ValueError("no JSON object")
         return answer
