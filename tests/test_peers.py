@@ -52,6 +52,27 @@ RANK = """
         os.write(1, b"there\\n")
         os.kill(os.getpid(), signal.SIGSTOP)
 
+    def work():
+        # Tells for how long it was stopped at most. What else keeps it from running is that others
+        # have the processors: how long it waited for one the kernel counts.
+        def waited():
+            return int(os.pread(counts, 99, 0).split()[1]) / 1e9
+
+        counts = os.open("/proc/thread-self/schedstat", os.O_RDONLY)
+        asked = []
+        signal.signal(signal.SIGUSR1, lambda *_: asked.append(True))
+        longest = 0.0
+        os.write(1, b"there\\n")
+        while True:
+            before, began = waited(), time.monotonic()
+            while (now := time.monotonic()) < began + 0.001:
+                pass
+            longest = max(longest, now - began - 0.001 - (waited() - before))
+            if asked:
+                asked.clear()
+                print(longest, flush=True)
+                longest = 0.0
+
     def launch():
         # Ranks whose parent it is, or helpers of its own rank.
         for number, doing in enumerate(sys.argv[2:]):
@@ -59,7 +80,7 @@ RANK = """
                              env={"RANK": str(number), **os.environ})
         time.sleep(600)
 
-    {"wait": wait, "load": load, "stop": stop, "launch": launch}[sys.argv[1]]()
+    locals()[sys.argv[1]]()
     """
 
 # Ranks are looked for in all processes of a user, those of tests beside this one included.
@@ -83,7 +104,7 @@ class Ranks:
 
 def is_there(pid: int, doing: str) -> bool:
     """Whether a rank has come to where it stays."""
-    return process_state(pid) == ("T" if doing == "stop" else "S")
+    return process_state(pid) == {"stop": "T", "work": "R"}.get(doing, "S")
 
 
 @pytest.fixture
@@ -185,6 +206,32 @@ def test_the_odd_one_out_is_named(
         if isinstance(record, TimerExpired):
             assert record.evidence is not None
             assert record.evidence["stacks"]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="not counted here")
+def test_one_that_works_is_held_up_for_less_than_50_ms(
+    link: Link,
+    server: Any,
+    spawn: Spawn,
+    records: list[Event],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """For its stack, and it goes on; the least of some counts, for py-spy may have to wait, too."""
+    monkeypatch.setattr(collector, "_PICTURE_SERVES", 0.0)
+    job = Ranks(spawn, ["work", "wait", "wait", "wait"])
+    for pid in job.pids:
+        link.put(pid, "train.py#42", time.time() + FAR)
+    held_up = []
+    for pid in job.pids[1:]:
+        link.put(pid, "train.py#42", time.time())
+        wait_dead(pid)
+        os.kill(job.pids[0], signal.SIGUSR1)
+        held_up.append(float(job.children[0].readline()))
+    eventually(lambda: len(pictures(records)) == 3)
+    for picture in pictures(records):
+        frames = members(picture)[0]["stacks"][0]["frames"]
+        assert "work" in [frame["function"] for frame in frames]
+    assert 0 < min(held_up) < 0.05
 
 
 def test_one_in_no_block(

@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.benchmarks import burst, cost, idle, imports, lateness, peers, report, status
+from tests.benchmarks import burst, cost, held_up, idle, imports, lateness, peers, report, status
 from tests.benchmarks.harness import Results, elapsed, progress
 
 _WORKS = {
@@ -21,6 +21,7 @@ _WORKS = {
     "idle": idle.measure,
     "status": status.measure,
     "lateness": lateness.measure,
+    "held_up": held_up.measure,
 }
 
 
@@ -56,6 +57,8 @@ def main() -> None:
 def _measure(works: list[str]) -> Results:
     # For every process started from here on: torch and NVRx warn on machines without a GPU.
     os.environ["PYTHONWARNINGS"] = "ignore"
+    # What is installed is compiled, and not at each start of a command.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     results = Results()
     progress("peers: which are installed?")
     versions, results.skipped = peers.find()

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tests.benchmarks import burst, cost, idle, imports, lateness, status
+from tests.benchmarks import burst, cost, held_up, idle, imports, lateness, status
 from tests.benchmarks.harness import OURS, Results, Series
 from tests.benchmarks.peers import FLOOR, NVRX, TORCH
 
@@ -83,6 +83,11 @@ def _reaps(results: Results) -> Iterator[Goal]:
                 continue
             figure = f"median {late.median:.1f} ms, worst {late.worst:.1f} ms"
             yield Goal(work, goal, figure, late.median <= 2 and late.worst <= 10)
+    for threads in held_up.THREADS:
+        if held := results.find(held_up.HELD_UP, held_up.TAKEN, threads):
+            figure = f"median {held.median:.1f} ms, worst {held.worst:.1f} ms"
+            work = f"{held.work.title}, {threads} threads"
+            yield Goal(work, "at most 50 ms", figure, held.worst <= 50)
 
 
 def _status(results: Results) -> Iterator[Goal]:
