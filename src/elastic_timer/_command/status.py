@@ -29,8 +29,9 @@ _STACKS_PATIENCE = 20.0
 # What a timer server tells at least; anything may listen on a socket.
 _FIELDS = {"run_id", "pid", "uptime", "last_round_age", "timers"}
 
-# How each of its timers begins.
+# How each of its timers begins, and how its answer ends.
 _TIMER = '{"pid":'
+_END = "]}\n"
 
 _NONE = "no timer server of this user runs on this host"
 
@@ -65,14 +66,16 @@ class StatusOptions:
 
 @dataclasses.dataclass(frozen=True)
 class _Server:
-    """What was learnt of a server: its answer, or why there is none."""
+    """What was learnt of a server: what it told of itself, or why that is nothing.
+
+    All of its answer is `told`, with the state of each timer's process.
+    """
 
     path: str
-    answer: dict[str, Any] | None
+    about: dict[str, Any] | None
+    told: str = ""
     problem: str = ""
     is_gone: bool = False
-    # The answer as it came.
-    told: str = ""
 
 
 def status(options: StatusOptions) -> int:
@@ -84,7 +87,7 @@ def status(options: StatusOptions) -> int:
     servers = _ask(options, _PATIENCE)
     _print(_lines(options, servers, _style()))
     _complain(options, servers)
-    return 0 if servers and all(server.answer for server in servers) else 1
+    return 0 if servers and all(server.about for server in servers) else 1
 
 
 def _check(options: StatusOptions) -> int:
@@ -93,11 +96,11 @@ def _check(options: StatusOptions) -> int:
     if not servers:
         print(_NONE)
     for server in servers:
-        if server.answer is None:
+        if server.about is None:
             is_well = False
             print(f"{server.path}: {server.problem}")
             continue
-        age = server.answer["last_round_age"]
+        age = server.about["last_round_age"]
         is_late = age > options.max_age
         is_well = is_well and not is_late
         print(
@@ -198,28 +201,45 @@ def _server(path: str, patience: float) -> _Server:
     try:
         with Question(path, patience) as question:
             pid = question.pid
-            answer = question.answer()
-        if not answer.keys() >= _FIELDS:
-            raise ValueError("somebody else's")
+            told = question.read()
+        return _Server(path, *_understood(told))
     except FileNotFoundError:
         problem = f"there is no {socket_of(path)}: no server runs, or one without status"
-        return _Server(path, None, problem, is_gone=True)
+        return _Server(path, None, problem=problem, is_gone=True)
     except ConnectionRefusedError:
-        return _Server(path, None, "its server has ended", is_gone=True)
+        return _Server(path, None, problem="its server has ended", is_gone=True)
     except TimeoutError:
         whose = "the server"
         if pid is not None:  # Else the queue of those who ask is full.
             whose += f", process {pid} (state {_state_of(pid)}),"
-        return _Server(path, None, f"{whose} has not answered for {patience:g} s")
+        return _Server(path, None, problem=f"{whose} has not answered for {patience:g} s")
     except (ConnectionResetError, ValueError):
-        return _Server(path, None, "what listens there gives no answer")
+        return _Server(path, None, problem="what listens there gives no answer")
     except OSError as error:
-        return _Server(path, None, error.strerror or repr(error))
-    pids = {timer["pid"] for timer in answer["timers"]}
-    states = {pid: _state_of(pid) for pid in pids}
-    for timer in answer["timers"]:
-        timer["state"] = states[timer["pid"]]
-    return _Server(path, answer, told=question.told.decode())
+        return _Server(path, None, problem=error.strerror or repr(error))
+
+
+def _understood(told: str) -> tuple[dict[str, Any], str]:
+    """What a server tells of itself, and all that it tells, with the state of each timer's process.
+
+    The timers are not decoded. To do that, and to encode them again, takes longer than it took the
+    server to tell of them.
+
+    Raises:
+        ValueError: It is no answer of a server, or not all of one.
+    """
+    # Within a text there is no such thing: quotation marks in one have a backslash before them.
+    head, *timers = told.split(_TIMER)
+    about = json.loads(head + "]}" if timers else head)
+    if not isinstance(about, dict) or not about.keys() >= _FIELDS or not told.endswith(_END):
+        raise ValueError("somebody else's, or cut off")
+    known: dict[str, str] = {}
+    for number, timer in enumerate(timers):
+        pid, _, rest = timer.partition(",")
+        if pid not in known:
+            known[pid] = f'{pid},"state":{json.dumps(_state_of(int(pid)))},'
+        timers[number] = known[pid] + rest
+    return about, _TIMER.join([head, *timers]).rstrip()
 
 
 def _state_of(pid: int) -> str | None:
@@ -235,42 +255,28 @@ def _lines(options: StatusOptions, servers: list[_Server], style: Style) -> list
     """What to print of the servers, one after the other."""
     lines: list[str] = []
     for server in servers:
-        if server.answer is None:
+        if server.about is None:
             if not options.json:
                 lines.append(one_line(f"{server.path}: {server.problem}"))
             continue
-        stacks = _stacks(server.answer) if options.stacks else []
+        if options.json and not options.stacks:
+            lines.append(server.told)
+            continue
+        answer = json.loads(server.told)
+        stacks = _stacks(answer) if options.stacks else []
         if options.json:
-            line = _with_states(server.told, server.answer["timers"])
-            if options.stacks:
-                taken = [
-                    {"pid": worker["pid"], "rank": worker["rank"], **worker["taken"]}
-                    for worker in stacks
-                ]
-                line = f'{line[:-1]},"stacks":{json.dumps(taken)}}}'
-            lines.append(line)
+            answer["stacks"] = [
+                {"pid": worker["pid"], "rank": worker["rank"], **worker["taken"]}
+                for worker in stacks
+            ]
+            lines.append(json.dumps(answer))
             continue
         if lines:
             lines.append("")
-        lines += table(server.answer, style)
+        lines += table(answer, style)
         for worker in stacks:
             lines += ["", *_described(worker, style)]
     return lines
-
-
-def _with_states(told: str, timers: list[dict[str, Any]]) -> str:
-    """What a server has told, and of each timer the state of its process.
-
-    To encode 10,000 timers anew would take longer than it took the server.
-    """
-    states = {timer["pid"]: timer["state"] for timer in timers}
-    known = {str(pid): f'{pid},"state":{json.dumps(state)},' for pid, state in states.items()}
-    # Within a text there is no such thing: quotation marks in one have a backslash before them.
-    first, *others = told.rstrip().split(_TIMER)
-    for number, other in enumerate(others):
-        pid, _, rest = other.partition(",")
-        others[number] = known[pid] + rest
-    return _TIMER.join([first, *others])
 
 
 def _described(worker: dict[str, Any], style: Style) -> list[str]:
@@ -300,5 +306,5 @@ def _complain(options: StatusOptions, servers: list[_Server]) -> None:
     if not servers:
         print(_NONE, file=sys.stderr)
     for server in servers:
-        if server.answer is None and options.json:
+        if server.about is None and options.json:
             print(f"{server.path}: {server.problem}", file=sys.stderr)

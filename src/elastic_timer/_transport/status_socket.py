@@ -15,7 +15,7 @@ import socket
 import stat
 import struct
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from elastic_timer import _clock
 from elastic_timer._server.callbacks import contained_logger
@@ -415,8 +415,6 @@ class Question:
     """
 
     def __init__(self, path: str, patience: float) -> None:
-        # What the server has answered, as it came.
-        self.told = bytearray()
         self._give_up_at = _clock.monotonic() + patience
         self._connection = socket.socket(socket.AF_UNIX)
         # A blocking one waits for room in the queue, others do not.
@@ -448,14 +446,15 @@ class Question:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def answer(self) -> dict[str, Any]:
-        """What the server answers.
+    def read(self) -> str:
+        """What the server answers, which is JSON if it is one.
 
         Raises:
             TimeoutError: It has not answered in time.
-            ValueError: What it answers is no JSON object, or not all of one.
+            ValueError: What it answers is no text.
             OSError: It has hung up.
         """
+        told = bytearray()
         while True:
             left = self._give_up_at - _clock.monotonic()
             if left <= 0:
@@ -463,12 +462,8 @@ class Question:
             self._connection.settimeout(left)
             piece = self._connection.recv(1 << 18)
             if not piece:
-                break
-            self.told += piece
-        answer = json.loads(self.told)
-        if not isinstance(answer, dict):
-            raise ValueError("no JSON object")
-        return answer
+                return told.decode()
+            told += piece
 
     def close(self) -> None:
         """Hang up."""
