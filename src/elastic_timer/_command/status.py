@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -147,7 +146,7 @@ def _screen(options: StatusOptions) -> Iterator[bool]:
 
 
 def _draw(lines: list[str]) -> None:
-    height = shutil.get_terminal_size().lines
+    height = _size().lines
     if len(lines) > height:
         lines = [*lines[: height - 1], f"... and {len(lines) - height + 1} lines more"]
     sys.stdout.write(_HOME + "\n".join(line + _CLEAR_LINE for line in lines) + _CLEAR_REST)
@@ -165,11 +164,17 @@ def _is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
+def _size() -> os.terminal_size:
+    from shutil import get_terminal_size  # Not for what is no terminal: it takes every compression.
+
+    return get_terminal_size()
+
+
 def _style() -> Style:
     if not _is_terminal():
         return Style()
     is_coloured = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return Style(shutil.get_terminal_size().columns, is_coloured)
+    return Style(_size().columns, is_coloured)
 
 
 # What is learnt -----------------------------------------------------------------------------------
