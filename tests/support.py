@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from elastic_timer import FileTimerRequest, TimerClient, expires
+from elastic_timer._server import callbacks
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCE = REPOSITORY / "src"
@@ -368,6 +369,9 @@ def no_more_threads() -> Iterator[None]:
         yield
     finally:
         threading.stack_size(before)
+        # What was logged meanwhile is kept until more is, and that may be in another test.
+        callbacks.the_log().submit(lambda: None)
+        assert callbacks.flush_log(20)
 
 
 def become_nobody() -> None:

@@ -137,7 +137,7 @@ def test_release_while_listeners_hear_of_the_expiry(file_link: Link, fork_worker
         other = fork_worker(overrun, file_link.client, 0.1)
         wait_dead(other)
         assert is_alive(worker)
-        assert not server._timers
+        eventually(lambda: not server._timers)
 
 
 @pytest.mark.xdist_group("choose pids")  # They would take them from each other.

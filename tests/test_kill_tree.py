@@ -697,7 +697,7 @@ def test_nobody_is_left_stopped(
     trees = _tree.Trees()
     with ProcessHandle(worker.pid) as process:
         trees.hold(process, True, "worker")
-    assert states(found) == {"T"}
+    eventually(lambda: states(found) == {"T"})
     monkeypatch.setattr(_tree, "user_of", user_of)
     with contextlib.suppress(MemoryError):
         trees.kill(worker.pid)

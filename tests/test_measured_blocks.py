@@ -155,18 +155,30 @@ def tick_and_pause(channel: Any, client: TimerClient) -> None:
 
 
 def test_ticks_and_pauses(link: Link, fork_worker: Fork) -> None:
-    """What counts is for how long a deadline had to hold, not how long the whole block took."""
-    server = link.server()
-    measured = measured_by(server)
-    with running(server):
-        worker = fork_worker(tick_and_pause, link.client)
-        worker.receive()
-        assert worker.wait() == 0
-        wait_until_gone(server, worker.pid)
-    for scope, longest in (("ticks", 0.1), ("paused", 0.2)):
-        block = measured()[scope]
-        assert (block["entered"], block["first"]["left"], block["after"]) == (1, 1, 1)
-        assert longest - 0.02 <= block["first"]["longest"] < 0.6, block
+    """What counts is for how long a deadline had to hold, not how long the whole block took.
+
+    A worker that has to wait to run between its look at the clock and its request seems to ask
+    for less: of three measurements one has to find what it did ask for.
+    """
+    asked: list[list[float]] = []
+    for _ in range(3):
+        server = link.server()
+        measured = measured_by(server)
+        with running(server):
+            worker = fork_worker(tick_and_pause, link.client)
+            worker.receive()
+            assert worker.wait() == 0
+            wait_until_gone(server, worker.pid)
+        blocks = measured()
+        for scope, longest in (("ticks", 0.1), ("paused", 0.2)):
+            block = blocks[scope]
+            assert (block["entered"], block["first"]["left"]) == (1, 1)
+            assert longest - 0.02 <= block["first"]["longest"] < 0.6, block
+        asked.append([blocks["ticks"]["after"], blocks["paused"]["after"]])
+        if asked[-1] == [1, 1]:
+            break
+    else:
+        pytest.fail(f"the worker has asked for 1 s, and the server found {asked}")
 
 
 def overrun_for_good(channel: Any, client: TimerClient) -> None:
@@ -234,6 +246,8 @@ def test_slowest_rank_is_named(spawn: Callable[..., Child], file_link: Link) -> 
         for pause in pauses:
             with expires(after=60, scope="step", client=FileTimerClient(path)):
                 time.sleep(float(pause))
+        print("done", flush=True)
+        input()
         """
     with running(server):
         pauses = {4: ("0.01", "0.5"), 7: ("0.5", "0.01")}
@@ -242,6 +256,10 @@ def test_slowest_rank_is_named(spawn: Callable[..., Child], file_link: Link) -> 
             for rank in pauses
         }
         for worker in workers.values():
+            assert worker.readline() == "done"
+        eventually(lambda: server._request_count == 8)  # All count only while the workers live.
+        for worker in workers.values():
+            worker.send_line("end")
             assert worker.wait() == 0, worker.stderr_text()
             wait_until_gone(server, worker.pid)
     block = measured()["step"]

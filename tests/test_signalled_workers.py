@@ -225,7 +225,7 @@ def test_a11_timers_from_before_a_stop_are_not_a_new_workers(
         other = fork_worker(overrun, FileTimerClient(fifo_path), 0.5)
         assert_reaped_in_time(other, other.receive())
         assert is_alive(worker)
-        assert list(server._timers) == [(worker.pid, "new")]
+        eventually(lambda: list(server._timers) == [(worker.pid, "new")])
 
 
 def test_release_of_another_block_does_not_forgive(fifo_path: str, fork_worker: Fork) -> None:

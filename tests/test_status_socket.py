@@ -279,6 +279,7 @@ def test_hanging_clients(
 ) -> None:
     """A hundred that never read, and a hundred that send rubbish, take nothing from others."""
     hold(fifo_path, os.getpid(), [f"{'long' * 60} {number}" for number in range(3000)])
+    eventually(lambda: len(server._timers) == 3000)  # With a pidfd, which it keeps.
     worker = fork_worker(overrun, client, 1)
     deadline = worker.receive()
     before = len(open_descriptors())
