@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
+import importlib
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import textwrap
@@ -33,6 +36,7 @@ from tests.support import (
     kill_marked,
     open_descriptors,
     running,
+    taking_turns,
 )
 
 _FAILED = pytest.StashKey[bool]()
@@ -44,6 +48,8 @@ settings.load_profile("busy")
 # Each takes a second or two of a core to begin.
 _WORKERS_PER_CORE = 4
 _MOST_WORKERS = 16
+
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 # nohup and a shell's `&` start programs with these signals ignored. The children of the tests would
 # inherit that, and `elastic-timer run` leaves ignored signals ignored.
@@ -62,6 +68,51 @@ def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
         return None  # By which the plugin itself is told.
     is_suite = config.args_source is pytest.Config.ArgsSource.TESTPATHS
     return min(_WORKERS_PER_CORE * (os.cpu_count() or 1), _MOST_WORKERS) if is_suite else 0
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
+    """Keep what stays from the garbage collector, and let the workers share the imports' work."""
+    gc.disable()
+    try:
+        if _IS_WORKER and session.config.args_source is pytest.Config.ArgsSource.TESTPATHS:
+            _import_tests()
+        return (yield)
+    finally:
+        # It would look at all of this after each test that leaves something to be collected.
+        gc.freeze()
+        gc.enable()
+
+
+def _import_tests() -> None:
+    """Import the test modules, each worker beginning with other ones.
+
+    In a fresh checkout the asserts in them have to be rewritten, which takes seconds. Workers that
+    go through them in the same order each do it all, as none finds what another has made.
+    """
+    names = sorted(path.stem for path in Path(__file__).parent.glob("test_*.py"))
+    number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+    first = len(names) * number // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    for name in names[first:] + names[:first]:
+        # What is wrong with one is told when pytest imports it.
+        with contextlib.suppress(Exception, pytest.skip.Exception):
+            importlib.import_module(f"tests.{name}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with what is long, and end with what nothing else may run beside.
+
+    So cores have nothing to do once only, and not for long.
+    """
+
+    def place(item: pytest.Item) -> int:
+        if item.get_closest_marker("alone"):
+            return 2
+        return 0 if item.get_closest_marker("long") else 1
+
+    if _IS_WORKER:
+        items.sort(key=place)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -93,13 +144,51 @@ def _resource_tracker() -> None:
 
 
 @pytest.fixture(scope="session")
-def _doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
-    """Two files on which the workers of pytest-xdist lock each other out; none without workers."""
-    folder = tmp_path_factory.getbasetemp().parent
-    names = ("outer", "inner") if "PYTEST_XDIST_WORKER" in os.environ else ()
-    doors = [os.open(folder / f"{name}-door", os.O_RDWR | os.O_CREAT, 0o600) for name in names]
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of this run of the tests, the same one for all workers of pytest-xdist."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if _IS_WORKER else folder
+
+
+@pytest.fixture
+def made_once(shared_folder: Path) -> Callable[[str, Callable[[Path], object]], Path]:
+    """`made_once(name, make)`: a folder that `make` has filled, once for all tests and workers."""
+
+    def get(name: str, make: Callable[[Path], object]) -> Path:
+        folder = shared_folder / name
+        with taking_turns(shared_folder / f"{name}.lock"):
+            if not folder.exists():
+                folder.mkdir()
+                try:
+                    make(folder)
+                except BaseException:
+                    shutil.rmtree(folder)
+                    raise
+        return folder
+
+    return get
+
+
+@pytest.fixture
+def _chooses_pids(shared_folder: Path) -> Iterator[None]:
+    """For tests that choose pids: they would take them from each other."""
+    with taking_turns(shared_folder / "pids.lock"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def _doors(shared_folder: Path) -> Iterator[list[int]]:
+    """Files on which the workers of pytest-xdist lock each other out; none without workers."""
+    names = ("first", "outer", "inner") if _IS_WORKER else ()
+    doors = [
+        os.open(shared_folder / f"{name}-door", os.O_RDWR | os.O_CREAT, 0o600) for name in names
+    ]
+    if doors:
+        fcntl.flock(doors[0], fcntl.LOCK_SH)
     yield doors
     for door in doors:
+        # Not by closing it alone: processes that tests have forked may have it open, too.
+        fcntl.flock(door, fcntl.LOCK_UN)
         os.close(door)
 
 
@@ -109,17 +198,21 @@ def _runs_beside_others(request: pytest.FixtureRequest, _doors: list[int]) -> It
     if not _doors:
         yield
         return
-    import fcntl
-
-    kind = fcntl.LOCK_EX if request.node.get_closest_marker("alone") else fcntl.LOCK_SH
+    first, outer, inner = _doors
+    kind = fcntl.LOCK_SH
+    if request.node.get_closest_marker("alone"):
+        kind = fcntl.LOCK_EX
+        # Until all workers are that far: with those that have others left it would take turns.
+        fcntl.flock(first, fcntl.LOCK_EX)
+        fcntl.flock(first, fcntl.LOCK_UN)
     # Without the outer one a test that is to be alone would wait for as long as others follow each
     # other within the inner.
-    outer, inner = _doors
     fcntl.flock(outer, kind)
-    fcntl.flock(inner, kind)
-    fcntl.flock(outer, fcntl.LOCK_UN)
+    try:
+        fcntl.flock(inner, kind)
+    finally:
+        fcntl.flock(outer, fcntl.LOCK_UN)
     yield
-    # Not by closing it: processes that the test has forked may have it open, too.
     fcntl.flock(inner, fcntl.LOCK_UN)
 
 

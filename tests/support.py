@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib
 import json
 import multiprocessing
@@ -278,6 +279,17 @@ def start_with_pid(pid: int, **options: Any) -> subprocess.Popen[bytes] | None:
         process.kill()
         process.wait()
     return None
+
+
+@contextlib.contextmanager
+def taking_turns(lock: Path) -> Iterator[None]:
+    """Wait until no other process is in a block like this with the same file."""
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)  # Who was forked meanwhile may have it open still.
 
 
 def child_pids(pid: int | None = None) -> set[int]:

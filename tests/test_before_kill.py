@@ -146,6 +146,7 @@ def blocking(pid: int, called: list[int]) -> Callable[[TimerExpired[Any]], None]
     return hook
 
 
+@pytest.mark.long
 def test_one_that_blocks_holds_up_its_own_worker_alone(link: Link, fork_worker: Fork) -> None:
     """Others are reaped in time meanwhile, and it is too when its time is over."""
     called: list[int] = []

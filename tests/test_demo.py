@@ -18,23 +18,29 @@ import pytest
 from elastic_timer._command import demo as _demo
 from tests.support import Child, eventually, marked_processes
 
+pytestmark = pytest.mark.long
+
 DEMO = "import sys; from elastic_timer._command.main import main; sys.exit(main(['demo']))"
 SOURCE = Path(_demo.__file__).read_text().splitlines()
 
 
-@pytest.fixture(scope="module")
-def shown(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+@pytest.fixture
+def shown(made_once: Callable[[str, Callable[[Path], object]], Path]) -> list[str]:
     """The lines of one demo that went well."""
-    folder = tmp_path_factory.mktemp("demo")
+    return (made_once("demo", show_in) / "shown").read_text().splitlines()
+
+
+def show_in(folder: Path) -> None:
+    """Run it with the folder as its TMPDIR, and leave there what it has shown."""
     started = time.monotonic()
     child = Child(DEMO, env={"TMPDIR": str(folder)})
     with contextlib.closing(child):
         assert child.process.stdout is not None
-        lines = child.process.stdout.read().splitlines()
-        assert child.wait() == 0, "\n".join(lines)
+        shown = child.process.stdout.read()
+        assert child.wait() == 0, shown
     assert time.monotonic() - started < 30  # Some five on a machine that does nothing else.
     assert list(folder.iterdir()) == []
-    return lines
+    (folder / "shown").write_text(shown)
 
 
 def test_what_happens(shown: list[str]) -> None:

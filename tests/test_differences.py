@@ -439,7 +439,7 @@ def reuse_pid() -> Iterator[Callable[[int], subprocess.Popen[bytes] | None]]:
         process.wait()
 
 
-@pytest.mark.xdist_group("choose pids")  # They would take them from each other.
+@pytest.mark.usefixtures("_chooses_pids")
 def test_d07_bystander_with_a_reused_pid_lives(
     link: Link,
     serve: Serve,

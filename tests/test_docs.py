@@ -144,6 +144,7 @@ def run(spawn: Spawn, tmp_path: Path) -> Callable[..., str]:
     return call
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no FIFOs")
 @pytest.mark.parametrize(
     "page",
@@ -294,6 +295,7 @@ def test_first_page_is_the_readme() -> None:
     assert "docs/images/demo.svg" in introduction
 
 
+@pytest.mark.long
 @pytest.mark.skipif(
     not all(map(importlib.util.find_spec, ("sphinx", "myst_parser", "furo"))),
     reason="needs sphinx, myst-parser and furo: the dependency group docs",

@@ -280,6 +280,7 @@ LAST_LINE = to_line(
 )
 
 
+@pytest.mark.long
 @examples(100)
 @given(stream=STREAMS, cuts=CUTS, refused=st.sampled_from(NEVER_SIGNALLED))
 @example(stream=b"x" * 10_000, cuts=[(0, 50)], refused=0)
@@ -407,6 +408,7 @@ def with_pid(sent: Frame, pids: Mapping[int, int]) -> Frame:
     return Frame(sent.pickled.replace(stand_in, pid), request)
 
 
+@pytest.mark.long
 @examples(60)
 @given(
     sent=some_of(*[VALID_FRAMES] * len(RUBBISH_FRAMES), *RUBBISH_FRAMES),

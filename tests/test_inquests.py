@@ -140,7 +140,7 @@ def test_release_while_listeners_hear_of_the_expiry(file_link: Link, fork_worker
         eventually(lambda: not server._timers)
 
 
-@pytest.mark.xdist_group("choose pids")  # They would take them from each other.
+@pytest.mark.usefixtures("_chooses_pids")
 def test_number_that_was_given_away_meanwhile(
     fifo_path: str, fork_worker: Fork, asked: Asked
 ) -> None:

@@ -14,6 +14,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 SNIPPETS = [text for language, text in BLOCKS if language == "python"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("number", range(len(SNIPPETS)))
 def test_snippet_runs(spawn: Spawn, tmp_path: Path, number: int) -> None:
     """Pasted into a file and run as it stands, below a server for those that need one."""

@@ -228,6 +228,7 @@ def full_pipe() -> Iterator[int]:
     os.close(read)
 
 
+@pytest.mark.long
 def test_b1_log_that_nobody_reads(
     run: Callable[..., Child], full_pipe: int, tmp_path: Path
 ) -> None:

@@ -186,7 +186,7 @@ def test_a9_reap_self_signals_once_for_each_reap(
 # A pid that was given away while nobody looked (A11) ----------------------------------------------
 
 
-@pytest.mark.xdist_group("choose pids")  # They would take them from each other.
+@pytest.mark.usefixtures("_chooses_pids")
 def test_a11_reused_pid_is_a_new_worker(
     fifo_path: str, fork_worker: Fork, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -273,7 +273,7 @@ def test_server_of_another_user_is_not_believed(
 # Clients that misbehave ---------------------------------------------------------------------------
 
 
-@pytest.mark.alone
+@pytest.mark.long
 def test_hanging_clients(
     server: FileTimerServer, fifo_path: str, fork_worker: Fork, client: FileTimerClient
 ) -> None:

@@ -173,6 +173,7 @@ def enter_block(client: timer.TimerClient, after: float, duration: float) -> Non
         time.sleep(duration)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_stuck_and_happy_workers_of_every_start_method(method: str) -> None:
     """Of two workers exactly the stuck one dies, with -9; the other exits with 0."""

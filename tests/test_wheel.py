@@ -9,6 +9,7 @@ import subprocess
 import sys
 import venv
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ pytestmark = [
         importlib.util.find_spec("pip") is None, reason="this system's Python has no pip"
     ),
     pytest.mark.timeout(300),
-    pytest.mark.xdist_group("wheel"),  # It is built once.
+    pytest.mark.long,
 ]
 
 
@@ -47,26 +48,27 @@ def run(*command: str, environment: dict[str, str] | None = None) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def wheel(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
     """The wheel named by ELASTIC_TIMER_WHEEL or, without that, one built from this checkout."""
     built = os.environ.get("ELASTIC_TIMER_WHEEL")
     if built:
         return Path(built)
-    folder = tmp_path_factory.mktemp("wheel")
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    run(*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(REPOSITORY))
-    [path] = folder.iterdir()
+    [path] = made_once("wheel", build_in).iterdir()
     return path
 
 
-@pytest.fixture(scope="module")
-def commands(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def build_in(folder: Path) -> None:
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(REPOSITORY))
+
+
+@pytest.fixture
+def commands(wheel: Path, tmp_path: Path) -> Path:
     """Where the commands are of a fresh environment that has the wheel, and nothing else."""
-    folder = tmp_path_factory.mktemp("fresh")
     builder = venv.EnvBuilder(symlinks=True)
-    builder.create(folder)
-    found = builder.ensure_directories(folder)
+    builder.create(tmp_path)
+    found = builder.ensure_directories(tmp_path)
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", found.env_exe)
     run(*pip, "install", "--quiet", str(wheel))
     return Path(found.bin_path)

@@ -26,6 +26,8 @@ from elastic_timer._server.process import is_running
 from elastic_timer._server.workers import Workers
 from tests.support import FAR, open_descriptors
 
+pytestmark = pytest.mark.long
+
 SCOPES = st.sampled_from(["a", "b"])
 # Whole and half seconds are exact in floating point: both sides compute the very same numbers.
 AFTERS = st.integers(-4, 20).map(float)
