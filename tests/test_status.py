@@ -27,7 +27,7 @@ from elastic_timer import FileTimerClient, FileTimerServer
 from elastic_timer._command import status as command
 from elastic_timer._command.main import main
 from elastic_timer._command.status_table import Style, table
-from elastic_timer._transport.status_socket import Question, find
+from elastic_timer._transport.status_socket import find
 from tests.servers import Serve
 from tests.support import (
     CLI,
@@ -42,7 +42,7 @@ from tests.support import (
     wait_to_be_killed,
     wire_line,
 )
-from tests.test_status_socket import VALIDATOR, hold
+from tests.test_status_socket import VALIDATOR, hold, told
 
 pytestmark = pytest.mark.skipif(
     not hasattr(socket, "SO_PEERCRED"), reason="this system does not tell who connects"
@@ -111,16 +111,9 @@ def job(run: Callable[..., Child], fifo_path: str) -> Child:
     child = run("--run-id", "nightly", "--timer-file", fifo_path, "--", *program)
     for _ in range(2):
         assert child.readline() == "in"
-    eventually(lambda: len(snapshot(fifo_path)["timers"]) == 2)
-    eventually(lambda: snapshot(fifo_path)["worker_count"] == 3)
+    eventually(lambda: len(told(fifo_path)["timers"]) == 2)
+    eventually(lambda: told(fifo_path)["worker_count"] == 3)
     return child
-
-
-def snapshot(path: str) -> dict[str, Any]:
-    """What a server tells."""
-    with Question(path, 10) as question:
-        told: dict[str, Any] = json.loads(question.read())
-    return told
 
 
 def test_what_ten_thousand_timers_cost(spawn: Spawn, fifo_path: str, tmp_path: Path) -> None:
@@ -141,6 +134,7 @@ def test_what_ten_thousand_timers_cost(spawn: Spawn, fifo_path: str, tmp_path: P
     server = spawn(source, fifo_path, env=env)
     assert server.readline() == "ready"
     hold(fifo_path, os.getpid(), [f"/home/me/train.py#{number}" for number in range(10_000)])
+    eventually(lambda: told(fifo_path)["timer_count"] == 10_000)
 
     def seconds_used() -> float:
         # The clock of that process, as clock_getcpuclockid(3) builds it.
@@ -649,7 +643,7 @@ def test_check_of_a_server_whose_rounds_fail(
     with monkeypatch.context() as patch:
         patch.setattr(server, "_drop_exited", lambda: 1 / 0)
         # After each round that fails it pauses, and an answer takes some of these.
-        eventually(lambda: snapshot(fifo_path)["last_round_age"] > 1.5)
+        eventually(lambda: told(fifo_path)["last_round_age"] > 1.5)
         assert "the watchdog makes no rounds, the last round" in why_not(status, fifo_path, 1.5)
     is_well(status, fifo_path)
 
@@ -659,7 +653,7 @@ def test_check_of_an_idle_server(fifo_path: str, status: Status) -> None:
     with running(FileTimerServer(fifo_path, "run", max_interval=FAR, status=True)) as server:
         rounds = server._progress.rounds
         is_well(status, fifo_path)
-        assert snapshot(fifo_path)["rounds"] > rounds
+        assert told(fifo_path)["rounds"] > rounds
 
 
 def test_check_while_workers_hang(

@@ -52,10 +52,16 @@ SCHEMA = json.loads((resources.files("elastic_timer") / "status.schema.json").re
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
 
 
-def ask(path: str, patience: float = 10) -> dict[str, Any]:
-    """What a server answers, which its schema allows."""
+def told(path: str, patience: float = 10) -> dict[str, Any]:
+    """What a server answers."""
     with Question(path, patience) as question:
         answer: dict[str, Any] = json.loads(question.read())
+    return answer
+
+
+def ask(path: str, patience: float = 10) -> dict[str, Any]:
+    """What a server answers, which its schema allows."""
+    answer = told(path, patience)
     VALIDATOR.validate(answer)
     return answer
 
@@ -89,6 +95,12 @@ def hold(path: str, pid: int, scopes: list[str]) -> None:
     with open(path, "wb", buffering=0) as fifo:
         for scope in scopes:
             fifo.write(wire_line(pid=pid, scope_id=scope))
+
+
+def hold_many(path: str) -> None:
+    """Have it hold so many that a client is not sent them all at once."""
+    hold(path, os.getpid(), [f"{'long' * 60} {number}" for number in range(3000)])
+    eventually(lambda: told(path)["timer_count"] == 3000)
 
 
 # What it answers ----------------------------------------------------------------------------------
@@ -278,8 +290,7 @@ def test_hanging_clients(
     server: FileTimerServer, fifo_path: str, fork_worker: Fork, client: FileTimerClient
 ) -> None:
     """A hundred that never read, and a hundred that send rubbish, take nothing from others."""
-    hold(fifo_path, os.getpid(), [f"{'long' * 60} {number}" for number in range(3000)])
-    eventually(lambda: len(server._timers) == 3000)  # With a pidfd, which it keeps.
+    hold_many(fifo_path)
     worker = fork_worker(overrun, client, 1)
     deadline = worker.receive()
     before = len(open_descriptors())
@@ -300,7 +311,7 @@ def test_hanging_clients(
 
 def test_client_that_does_not_read_is_dropped(server: FileTimerServer, fifo_path: str) -> None:
     """After two seconds it is hung up on, in the middle of what is too much to be kept for it."""
-    hold(fifo_path, os.getpid(), [f"{'long' * 60} {number}" for number in range(3000)])
+    hold_many(fifo_path)
     with connect(fifo_path) as lazy:
         asked = time.monotonic()
         aside: Any = server._aside
@@ -316,7 +327,7 @@ def test_answers_that_are_kept_are_few(
 ) -> None:
     """Whoever does not read holds no more than four answers in memory, however many ask."""
     monkeypatch.setattr(status_socket, "_PATIENCE", FAR)
-    hold(fifo_path, os.getpid(), [f"{'long' * 60} {number}" for number in range(3000)])
+    hold_many(fifo_path)
     aside: Any = server._aside
     with contextlib.ExitStack() as stack:
         for number in range(8):
@@ -397,7 +408,7 @@ def test_nothing_is_left_after_a_stop(fifo_path: str) -> None:
 
 def test_stop_hangs_up(server: FileTimerServer, fifo_path: str) -> None:
     """Those who are being answered notice the end."""
-    hold(fifo_path, os.getpid(), [f"{'long' * 60} {number}" for number in range(3000)])
+    hold_many(fifo_path)
     aside: Any = server._aside
     with connect(fifo_path) as client:
         eventually(lambda: aside._reading)
@@ -468,7 +479,7 @@ def test_folder_that_was_removed(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     folder.mkdir()
     path = str(folder / "timers")
     with running(FileTimerServer(path, "run", status=True)) as server:
-        hold(path, os.getpid(), [f"{'long' * 60} {number}" for number in range(3000)])
+        hold_many(path)
         aside: Any = server._aside
         with connect(path) as client:
             eventually(lambda: aside._reading)
@@ -515,7 +526,7 @@ def test_forked_child_has_nothing_of_it(
     server: FileTimerServer, fifo_path: str, fork_worker: Fork
 ) -> None:
     """It keeps neither the listener nor a client, and removes nothing when it ends."""
-    hold(fifo_path, os.getpid(), [f"{'long' * 60} {number}" for number in range(3000)])
+    hold_many(fifo_path)
     aside: Any = server._aside
     with connect(fifo_path) as client:
         eventually(lambda: aside._reading)
@@ -548,7 +559,7 @@ def test_program_that_is_executed_has_nothing_of_it(
     """No descriptor of it is inherited."""
     aside: Any = server._aside
     assert not os.get_inheritable(aside._listener.fileno())
-    hold(fifo_path, os.getpid(), [f"{'long' * 60} {number}" for number in range(3000)])
+    hold_many(fifo_path)
     with connect(fifo_path):
         eventually(lambda: aside._reading)
         assert not any(os.get_inheritable(client.fileno) for client in aside._reading)
