@@ -41,6 +41,7 @@ from elastic_timer import (
     expires,
     file_based_local_timer,
 )
+from elastic_timer._worker import scopes
 from tests.servers import Link, Serve, ServerProcess
 from tests.support import (
     FAR,
@@ -957,6 +958,54 @@ def test_d17_default_scope_costs_about_as_much_as_a_name() -> None:
 def test_d17_cost_does_not_grow_with_the_depth_of_the_stack() -> None:
     """At depth 600 an unnamed block costs what it costs at depth 0."""
     assert at_depth(600, cost_of_default_scope) < 3 * cost_of_default_scope()
+
+
+def block_at_line(line: int, file: str, before: str = "") -> Callable[[TimerClient], float]:
+    """A function with an unnamed block at a line of its file; what it returns is the cost of it.
+
+    Args:
+        line: The line, from 4 on.
+        file: The name of the file.
+        before: What stands in each line of the function before it.
+    """
+    source = "\n".join(
+        [
+            "def once(client):",
+            *[f"  {before}"] * (line - 3),
+            "  started = clock()",
+            "  with expires(after=1, client=client): pass",
+            "  return clock() - started",
+        ]
+    )
+    names: dict[str, Any] = {"clock": time.perf_counter, "expires": expires}
+    exec(compile(source, file, "exec"), names)
+    once: Callable[[TimerClient], float] = names["once"]
+    return once
+
+
+def test_d17_cost_does_not_grow_with_the_length_of_the_function() -> None:
+    """After 3,000 lines that are skipped an unnamed block costs what it costs after one."""
+    recorder = ScopeRecorder()
+    short = block_at_line(4, "short.py")
+    long = block_at_line(3004, "long.py", "if not client: print(client, client)")
+    assert min(long(recorder) for _ in range(300)) < 4 * min(short(recorder) for _ in range(300))
+
+
+def test_d01_default_scopes_of_more_places_than_are_remembered(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of functions made anew under one name each block has its own line, whenever it is entered."""
+    monkeypatch.setattr(scopes, "_MOST_PLACES", 10)
+    recorder = ScopeRecorder()
+    blocks = [block_at_line(line, "cell.py") for line in (*range(4, 40), 4)]
+    blocks.append(block_at_line(4, "cell.py", "clock()"))
+    for block in blocks * 2:
+        block(recorder)
+    first, again = recorder.acquired[: len(blocks)], recorder.acquired[len(blocks) :]
+    assert first[:-1] == [f"cell.py#{line}" for line in (*range(4, 40), 4)]
+    assert first[-1].startswith("cell.py#4@")  # It stands at another place of that line's code.
+    assert first == again
+    assert len(scopes._places) <= 10
 
 
 def test_d17_entering_reads_no_source_file(monkeypatch: pytest.MonkeyPatch) -> None:

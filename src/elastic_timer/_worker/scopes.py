@@ -16,13 +16,25 @@ _ANY_GENERATOR = 0x20 | 0x200
 # there has this alone for its scope.
 _first_calls: dict[str, int] = {}
 
+# The places that were met, by all that a line's number follows from. To tell it, Python reads
+# through the lines of the function up to there: 20 us and more in a function of some 500 lines.
+_places: dict[tuple[str, int, bytes, int], str] = {}
+_MOST_PLACES = 1000
+
 
 def place(caller: FrameType, block: object) -> str:
     """The default scope: `file#line`, and what tells it from others of the same line."""
-    found = f"{caller.f_code.co_filename}#{caller.f_lineno}"
-    if _first_calls.setdefault(found, caller.f_lasti) != caller.f_lasti:
-        found += f"@{caller.f_lasti}"
-    if caller.f_code.co_flags & _ANY_GENERATOR:
+    code, offset = caller.f_code, caller.f_lasti
+    key = (code.co_filename, code.co_firstlineno, code.co_linetable, offset)
+    found = _places.get(key)
+    if found is None:
+        found = f"{code.co_filename}#{caller.f_lineno}"
+        if _first_calls.setdefault(found, offset) != offset:
+            found += f"@{offset}"
+        if len(_places) >= _MOST_PLACES:  # A notebook's cell is new code each time it is run.
+            _places.clear()
+        _places[key] = found
+    if code.co_flags & _ANY_GENERATOR:
         # Several generators may be within their blocks at a time; as long as one is, it keeps this
         # object, so that no other has its address.
         found += f"@generator-{id(block):x}"
