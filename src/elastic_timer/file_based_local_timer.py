@@ -11,6 +11,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable
+from itertools import repeat
 from typing import TYPE_CHECKING, TypeVar
 
 from elastic_timer import _clock
@@ -198,9 +199,7 @@ class FileTimerClient(TimerClient):
         # Opens the FIFO anew at every step of a loop. An interrupt would come between a call of
         # os.open and the assignment of what it returns, and leak the descriptor; none comes between
         # a step and the body of the loop.
-        self._opened = iter(
-            functools.partial(os.open, os.fsencode(self._file_path), _OPEN_FLAGS), -1
-        )
+        self._opened = map(os.open, repeat(os.fsencode(self._file_path)), repeat(_OPEN_FLAGS))
         self._is_owner_known = False
         self.signal = signal
         self._lookout: Lookout | None = None
