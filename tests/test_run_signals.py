@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from elastic_timer._command.run import _is_pending
 from tests.support import Child, child_pids, eventually, is_alive, process_state
 
 # It tells of what it forwards, for COMMAND cannot count: two signals of a kind that come close
@@ -131,6 +132,23 @@ def test_s1_several_signals_to_the_group(run: Callable[..., Child]) -> None:
     assert child.wait() == 42
 
 
+def test_s1_witness_that_is_long_in_dying(run: Callable[..., Child]) -> None:
+    """As on a busy machine: what it was sent is for the group, whenever it dies of it."""
+    child = run()
+    [witness] = eventually(
+        lambda: [pid for pid in child_pids(child.pid) if _command_name(pid) == "cat"]
+    )
+    os.kill(witness, signal.SIGSTOP)
+    eventually(lambda: process_state(witness) == "T")
+    os.killpg(child.pid, signal.SIGTERM)
+    assert_seen_once(child, "SIGTERM")
+
+
+def test_s1_witness_that_is_not_there() -> None:
+    """Where nothing is known of it, it was sent nothing."""
+    assert not _is_pending(2**31 - 1, signal.SIGTERM)
+
+
 def test_s1_command_in_a_group_of_its_own(run: Callable[..., Child]) -> None:
     """A COMMAND that has left the group was not reached: it is forwarded what the group gets."""
     child = run("leaves the group")
@@ -169,6 +187,10 @@ def test_s1_nothing_is_left_when_run_is_killed(run: Callable[..., Child]) -> Non
     child.process.kill()
     assert child.wait() == -signal.SIGKILL
     eventually(lambda: len(_group(child.pid)) == 1)
+
+
+def _command_name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
 def _is_not_pending(pid: int, number: int) -> bool:
