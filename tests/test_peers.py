@@ -403,7 +403,14 @@ def test_one_that_dies_meanwhile(
 ) -> None:
     """It is there without stacks, and holds up nobody."""
     job = Ranks(spawn, ["wait", "wait", "load"])
-    script = f'[ "$4" = {job.pids[1]} ] && kill -9 "$4"\nexec {shlex.quote(REAL_PY_SPY)} "$@"'
+    # On a busy machine it takes a while to die.
+    script = f"""
+        if [ "$4" = {job.pids[1]} ]; then
+            kill -9 "$4"
+            while grep -q "State:.[^Z]" "/proc/$4/status"; do sleep 0.01; done
+        fi
+        exec {shlex.quote(REAL_PY_SPY)} "$@"
+        """
     install_py_spy(script, tmp_path, monkeypatch)
     for pid in job.pids:
         link.put(pid, "train.py#42", time.time() + FAR)
