@@ -11,7 +11,19 @@ import sys
 import time
 from pathlib import Path
 
-from tests.benchmarks import burst, cost, held_up, idle, imports, lateness, peers, report, status
+from tests.benchmarks import (
+    burst,
+    cost,
+    held_up,
+    idle,
+    imports,
+    lateness,
+    many_hosts,
+    mass,
+    peers,
+    report,
+    status,
+)
 from tests.benchmarks.harness import Results, elapsed, progress
 
 _WORKS = {
@@ -21,7 +33,9 @@ _WORKS = {
     "idle": idle.measure,
     "status": status.measure,
     "lateness": lateness.measure,
+    "mass": mass.measure,
     "held_up": held_up.measure,
+    "report": many_hosts.measure,
 }
 
 

@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection
 
 from tests.benchmarks import peers
 from tests.benchmarks.harness import Host, Results, Work, fork, hosted, progress, wait_until
-from tests.benchmarks.peers import ELASTIC_TIMER, UPSTREAM, Library
+from tests.benchmarks.peers import ELASTIC_TIMER, FLOOR, UPSTREAM, Library
 
 IDLE = Work("idle CPU of a server", "ms per s", "timers held")
 TIMER_MEMORY = Work("memory per timer held", "bytes")
@@ -45,6 +45,8 @@ def measure(results: Results) -> None:
             few, many = servers[library.name, TIMERS[0]], servers[library.name, TIMERS[-1]]
             per_timer = (many.memory() - few.memory()) / (TIMERS[-1] - TIMERS[0])
             results.add(TIMER_MEMORY, library.name, per_timer)
+        servers[FLOOR, TIMERS[0]] = stack.enter_context(hosted(_wake_ups))
+        servers[FLOOR, TIMERS[0]].answer()
         for window in range(_WINDOWS):
             progress(f"idle servers: second {window + 1} of {_WINDOWS}")
             before = {key: server.cpu_seconds() for key, server in servers.items()}
@@ -63,6 +65,15 @@ def measure(results: Results) -> None:
                 _register(server, path, ((pid, "train.py#42") for pid in pids), WORKERS + 1)
                 per_worker = (server.memory() - memory) / WORKERS
             results.add(WORKER_MEMORY, library.name, per_worker)
+
+
+def _wake_ups(connection: Connection) -> None:
+    """Host: wakes up as often as a server does that looks every `max_interval`, for nothing."""
+    poller = select.poll()
+    poller.register(connection.fileno(), select.POLLIN)
+    connection.send("ready")
+    while not poller.poll(_MAX_INTERVAL * 1000):
+        pass
 
 
 @contextmanager

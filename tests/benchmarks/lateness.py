@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.benchmarks import peers
 from tests.benchmarks.harness import Host, Results, Work, fork, hosted, progress
-from tests.benchmarks.peers import ELASTIC_TIMER, FAULTHANDLER, NVRX, UPSTREAM, Library
+from tests.benchmarks.peers import ELASTIC_TIMER, FAULTHANDLER, FLOOR, NVRX, UPSTREAM, Library
 
 LATENESS = Work("lateness of a reap", "ms", "max_interval, s")
 UNREAPED = Work("workers still there at the end", varied="max_interval, s")
@@ -37,16 +37,22 @@ _MARGIN = 2.0
 _LONG = 3 * _WINDOW
 _START = struct.Struct("d")
 _REPORT = struct.Struct("id")
+_DUE = struct.Struct("di")
 
 
 @dataclass(frozen=True)
 class Contest:
-    """One contestant at one max_interval, with as many workers as it is to reap."""
+    """One contestant at one max_interval, with as many workers as it is to reap.
+
+    Attributes:
+        takes_stacks: Whether Python stacks are taken of each, which only ours does.
+    """
 
     name: str
     library: Library | None
     interval: float
     workers: int
+    takes_stacks: bool = False
 
 
 def contests(skipped: dict[str, str]) -> list[Contest]:
@@ -57,8 +63,8 @@ def contests(skipped: dict[str, str]) -> list[Contest]:
             for kind in ("file", "queue"):
                 entries.append(Contest(f"{library.name}, {kind}", library, interval, 20))
         entries.append(Contest(NVRX, None, interval, 7))
-    # It has no interval: its thread waits for the deadline itself.
-    entries.append(Contest(FAULTHANDLER, None, 0, 20))
+    # These have no interval: they wait for the deadline itself.
+    entries += [Contest(name, None, 0, 20) for name in (FAULTHANDLER, FLOOR)]
     return [entry for entry in entries if entry.name.split(",")[0] not in skipped]
 
 
@@ -74,13 +80,13 @@ def measure(results: Results) -> None:
             shift = step * (place + 0.5) / len(entries)
             afters = [_LEAD + shift + step * number for number in range(entry.workers)]
             arguments = (entry, tempfile.mkdtemp(dir=folder), afters)
-            hosts.append(stack.enter_context(hosted(_host, *arguments)))
-        pidfds = [[stack.enter_context(_Pidfd(pid)) for pid in host.answer()] for host in hosts]
+            hosts.append(stack.enter_context(hosted(stuck_workers, *arguments)))
+        pidfds = [[stack.enter_context(Pidfd(pid)) for pid in host.answer()] for host in hosts]
         start = time.time() + 1
         for host in hosts:
             host.connection.send(start)
         workers = {pidfd.fileno() for of_host in pidfds for pidfd in of_host}
-        deaths = _watch(workers, start + _LEAD + _WINDOW + _MARGIN)
+        deaths = watch(workers, start + _LEAD + _WINDOW + _MARGIN, LATENESS.title)
         for entry, host, of_host in zip(entries, hosts, pidfds, strict=True):
             for number, deadline in host.answer():
                 death = deaths.get(of_host[number].fileno())
@@ -90,7 +96,7 @@ def measure(results: Results) -> None:
                     results.add(LATENESS, entry.name, (death - deadline) * 1000, at)
 
 
-def _watch(workers: set[int], end: float) -> dict[int, float]:
+def watch(workers: set[int], end: float, what: str) -> dict[int, float]:
     """When each process ended, in epoch seconds, by its pidfd."""
     deaths: dict[int, float] = {}
     poller = select.poll()
@@ -100,26 +106,31 @@ def _watch(workers: set[int], end: float) -> dict[int, float]:
         for pidfd, _ in poller.poll(min(left, 1) * 1000):
             deaths[pidfd] = time.time()
             poller.unregister(pidfd)
-        progress(f"{LATENESS.title}: {len(deaths)} of {len(workers)} reaped, {left:.0f} s left")
+        progress(f"{what}: {len(deaths)} of {len(workers)} reaped, {left:.0f} s left")
     return deaths
 
 
-class _Pidfd:
+class Pidfd:
+    """What becomes readable when a process ends."""
+
     def __init__(self, pid: int) -> None:
         self._descriptor = os.pidfd_open(pid)
 
     def fileno(self) -> int:
         return self._descriptor
 
-    def __enter__(self) -> _Pidfd:
+    def __enter__(self) -> Pidfd:
         return self
 
     def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
 
 
-def _host(connection: Connection, entry: Contest, folder: str, afters: list[float]) -> None:
-    """Fork the workers, start their server, send their pids; at the start, their deadlines."""
+def stuck_workers(connection: Connection, entry: Contest, folder: str, afters: list[float]) -> None:
+    """Host: forks the workers, starts their server, sends their pids; then, their deadlines.
+
+    Their times begin at the start, which the other side says when it has the pids.
+    """
     peers.silence()
     start_server, stick = _REAPERS[entry.name.split(", ")[-1]](entry, folder, afters)
     served_reader, served_writer = os.pipe()
@@ -132,8 +143,10 @@ def _host(connection: Connection, entry: Contest, folder: str, afters: list[floa
         os.write(report_writer, b"r")
         (start,) = _START.unpack(os.read(start_reader, _START.size))
         time.sleep(max(0.0, start - time.time()))
-        after = afters[number]
-        os.write(report_writer, _REPORT.pack(number, time.time() + after))
+        now = time.time()
+        # Of one moment for all, however long they take to wake up; NVRx knows nothing but a time.
+        after = afters[number] + (0.0 if entry.name == NVRX else start - now)
+        os.write(report_writer, _REPORT.pack(number, now + after))
         stuck(after)
 
     def report(size: int) -> bytes:
@@ -169,7 +182,7 @@ _Stick = Callable[[int], Callable[[float], None]]
 
 def _file(entry: Contest, folder: str, afters: list[float]) -> tuple[_Start, _Stick]:
     assert entry.library is not None
-    _without_stacks(entry)
+    _set_stacks(entry)
     library, path = entry.library.load(), f"{folder}/fifo"
     server = library.FileTimerServer(path, "benchmark", entry.interval)
     if entry.library == UPSTREAM:
@@ -181,15 +194,15 @@ def _file(entry: Contest, folder: str, afters: list[float]) -> tuple[_Start, _St
 
 def _queue(entry: Contest, folder: str, afters: list[float]) -> tuple[_Start, _Stick]:
     assert entry.library is not None
-    _without_stacks(entry)
+    _set_stacks(entry)
     library, queue = entry.library.load(), multiprocessing.get_context("fork").Queue()
     server = library.LocalTimerServer(queue, entry.interval)
     return server.start, _in_block(library, lambda: library.LocalTimerClient(queue))
 
 
-def _without_stacks(entry: Contest) -> None:
+def _set_stacks(entry: Contest) -> None:
     """Have no Python stacks taken, which py-spy, where it is installed, does before a reap."""
-    if entry.library == ELASTIC_TIMER:
+    if entry.library == ELASTIC_TIMER and not entry.takes_stacks:
         logging = importlib.import_module("elastic_timer.debug_info_logging")
         logging.set_stacks_timeout(0)
 
@@ -230,6 +243,27 @@ def _rank_monitor(entry: Contest, folder: str, afters: list[float]) -> tuple[_St
     return start, stick
 
 
+def _floor(entry: Contest, folder: str, afters: list[float]) -> tuple[_Start, _Stick]:
+    """A bare loop in another process, which sleeps until each deadline and sends SIGKILL."""
+    reader, writer = os.pipe()
+
+    def kill() -> None:
+        for deadline, pid in sorted(_DUE.unpack(os.read(reader, _DUE.size)) for _ in afters):
+            time.sleep(max(0.0, deadline - time.time()))
+            os.kill(pid, signal.SIGKILL)
+
+    def start() -> list[Any]:
+        killer = multiprocessing.get_context("fork").Process(target=kill)
+        killer.start()
+        return [killer]
+
+    def stuck(after: float) -> None:
+        os.write(writer, _DUE.pack(time.time() + after, os.getpid()))
+        time.sleep(_LONG)
+
+    return start, lambda number: stuck
+
+
 def _faulthandler(entry: Contest, folder: str, afters: list[float]) -> tuple[_Start, _Stick]:
     def stuck(after: float) -> None:
         faulthandler.dump_traceback_later(after, exit=True)
@@ -243,4 +277,5 @@ _REAPERS = {
     "queue": _queue,
     NVRX: _rank_monitor,
     FAULTHANDLER: _faulthandler,
+    FLOOR: _floor,
 }
