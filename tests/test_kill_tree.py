@@ -398,16 +398,18 @@ def test_hook_that_only_tells_leaves_nobody_stopped(
 
 def release_late(link: Link, scope: str, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Have the first worker that is stopped release a timer in that moment; who that was."""
-    hold = _tree.Trees.hold
+    work = _tree.Trees.work
     late: list[int] = []
 
-    def hold_slowly(trees: _tree.Trees, process: ProcessHandle, stop: bool, name: str) -> None:
-        hold(trees, process, stop, name)
-        if stop and not late:
-            late.append(process.pid)
-            link.put(process.pid, scope, -1)
+    def work_slowly(trees: _tree.Trees, until: float) -> bool:
+        is_over = work(trees, until)
+        for pid, worker in trees._workers.items():
+            if worker.is_stopped and not late:
+                late.append(pid)
+                link.put(pid, scope, -1)
+        return is_over
 
-    monkeypatch.setattr(_tree.Trees, "hold", hold_slowly)
+    monkeypatch.setattr(_tree.Trees, "work", work_slowly)
     return late
 
 
@@ -685,7 +687,7 @@ def test_user_that_changes_while_a_process_is_held(
 def test_nobody_is_left_stopped(
     user: object, job: Callable[..., Child], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was stopped to be killed goes on where it can't be, and is killed where it may be."""
+    """What is to be killed goes on where it can't be, and is killed where it may be."""
 
     def user_of(pid: int) -> object:
         if user == "raises":
@@ -696,27 +698,42 @@ def test_nobody_is_left_stopped(
     found = pids(worker, 2)
     trees = _tree.Trees()
     with ProcessHandle(worker.pid) as process:
-        trees.hold(process, True, "worker")
+        assert not trees.hold(process, True, "worker")
+        trees.finish()
+        assert trees.hold(process, True, "worker")
     eventually(lambda: states(found) == {"T"})
+    (child,) = set(found) - {worker.pid}
+    # Whose stop was not seen to come may be another user's by now.
+    tree = trees._workers[worker.pid].tree
+    tree._held[child] = tree._held[child]._replace(is_still=False)
     monkeypatch.setattr(_tree, "user_of", user_of)
     with contextlib.suppress(MemoryError):
         trees.kill(worker.pid)
-    (child,) = set(found) - {worker.pid}
     if user is None:
         eventually(lambda: not is_alive(child))
     else:
         eventually(lambda: states(found) <= {"R", "S"})
 
 
-def test_process_that_does_not_stop_is_waited_for(job: Callable[..., Child]) -> None:
+def test_process_that_does_not_stop_is_waited_for(
+    tree: _tree.Tree, job: Callable[..., Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One that runs may be about to begin another; in the end it is not waited for."""
     process = job("say(os.getpid())\nwhile True: pass")
     pids(process, 1)
+    root = _tree.look_at(process.pid)
+    assert root is not None
     started = time.monotonic()
-    _tree._wait_until_stopped([process.pid])
-    assert time.monotonic() - started >= _tree._LONGEST_STOP
+    _tree.at_once(tree.chase(_tree.ProcessTable(), root, True, started + 0.2))
+    assert time.monotonic() - started >= 0.2
+    # One that waits for something in the kernel may do so for ever.
     os.kill(process.pid, signal.SIGSTOP)
     eventually(lambda: process_state(process.pid) == "T")
+    monkeypatch.setattr(_tree, "_STILL", frozenset())
+    tree.resume()
+    started = time.monotonic()
+    _tree.at_once(tree.chase(_tree.ProcessTable(), root, True, started + 20))
+    assert _tree._LONGEST_HANG <= time.monotonic() - started < 10
 
 
 def mock_raising(error: Exception) -> Callable[..., None]:
@@ -750,9 +767,11 @@ def test_search_that_fails_at_its_end(
     found = pids(process, 2)
     with contextlib.closing(_tree.Trees()) as trees, ProcessHandle(process.pid) as worker:
         trees.hold(worker, stop=False, name="4711 (rank 3)")
+        trees.finish()
         no_more = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
         monkeypatch.setattr(_tree.ProcessTable, "refresh", mock_raising(no_more))
         trees.kill(process.pid)
+        trees.finish()
     (child,) = set(found) - {process.pid}
     wait_dead(child)
     assert eventually(lambda: records(caplog, "What worker 4711 (rank 3) has started can't be"))

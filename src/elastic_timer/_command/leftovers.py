@@ -16,7 +16,7 @@ from collections.abc import Container, Set
 from elastic_timer._evidence.facts import read_facts
 from elastic_timer._server.callbacks import PATIENCE, contained_logger, flush_log
 from elastic_timer._server.process import user_of
-from elastic_timer._server.tree import UNKILLABLE_AFTER, ProcessTable, Tree, still_there
+from elastic_timer._server.tree import UNKILLABLE_AFTER, ProcessTable, Tree, at_once, still_there
 
 logger = contained_logger(__name__)
 
@@ -128,11 +128,10 @@ class Leftovers:
     def _find(self, tree: Tree, stop: bool) -> None:
         # A new one each time: who has adopted a process is told by its present parent.
         table = ProcessTable()
-        table.refresh()
-        for known in table.processes.values():
+        for known in at_once(table.refresh()).values():
             if known.parent == os.getpid() and _is_adopted(known.pid):
                 tree.hold(known)
-        tree.find(table, stop=stop)
+        at_once(tree.find(table, stop=stop))
 
 
 def _adopt_orphans() -> bool:

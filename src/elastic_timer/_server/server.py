@@ -90,6 +90,10 @@ _RETRY = 1.0
 # least so many seconds before the next deadline.
 _ROOM = 0.003
 
+# What workers have started is looked for no longer than so many seconds at a time. Then comes what
+# is due, or what there is to be read.
+_SLICE = 0.001
+
 # Those who listen to rounds are told of no more than one in so many seconds.
 _ROUNDS_TOLD = 0.05
 
@@ -474,6 +478,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._retries = {
             pid: retry for pid, retry in self._retries.items() if retry.scope in scopes.get(pid, ())
         }
+        self._let_trees_go()
         self._inquests.keep(scopes)
         fresh = {
             pid: timers
@@ -505,14 +510,14 @@ class ProcessServer(abc.ABC, Generic[_R]):
 
         The thread that finds it out has the interpreter's lock the sooner.
         """
-        if self._inquests.has_to_come():
+        if self._inquests.has_to_come() and not self._trees.has_work():
             left = self._next_work() - _FINE - _clock.monotonic()
             self._note_ready(self._loop.wait(min(left, _EVIDENCE_FIRST)))
 
     def _is_due(self, pid: int, timers: list[_R]) -> bool:
         """Whether the time has come to reap an expired worker."""
         if pid in self._retries:
-            return self._retries[pid].at <= self._looked_at
+            return self._retries[pid].at <= self._looked_at and not self._waits_for_tree(pid)
         if not self._inquests.is_over(pid):
             return self._inquests.is_concluded(pid) and self._is_ending()
         if not self._inquests.is_concluded(pid):
@@ -532,6 +537,20 @@ class ProcessServer(abc.ABC, Generic[_R]):
         event = TimerExpired(_clock.epoch(), pid, *ranks, lethal[0], late, evidence)
         self._inquests.wait_for(pid, lambda: callback(event), timeout)
 
+    def _waits_for_tree(self, pid: int) -> bool:
+        """Whether a signal has to wait until what its worker has started is found."""
+        return self._trees.is_searching(pid) and not self._is_ending()
+
+    def _let_trees_go(self) -> None:
+        """Have those go on for whose signal all was held and who have left their block since."""
+        for pid in self._trees.held():
+            if pid in self._retries:
+                continue
+            if pid not in self._signalled:
+                self._trees.let_go(pid)
+            elif self._signalled[pid].until > self._looked_at:
+                self._trees.resume(pid)
+
     def _is_ending(self) -> bool:
         """Whether there may be no other round."""
         return not self._loop.is_serving() or self._loop.is_stopping()
@@ -550,7 +569,9 @@ class ProcessServer(abc.ABC, Generic[_R]):
         timeout = min(timeout, due - before - _FINE)
         if self._aside is not None and due - before > _ROOM:
             timeout = min(timeout, self._aside.pause())
-        ready = self._loop.wait(timeout)
+        if self._trees.has_work():
+            timeout = 0.0
+        ready, is_found = self._loop.wait(timeout), False
         now = _clock.monotonic()
         if now - before > _AT_ONCE:
             self._workers.note_all_read(now)
@@ -558,12 +579,17 @@ class ProcessServer(abc.ABC, Generic[_R]):
             ready = self._aside.serve(ready, due - now > _ROOM)
             now = _clock.monotonic()
         left = due - now
-        if not ready and left <= _FINE:
+        if self._trees.has_work():
+            is_found = self._trees.work(now + _SLICE)
+        elif not ready and left <= _FINE:
             self._loop.pause(left)
         self._note_ready(ready)
         if REQUESTS in ready:
-            self._loop.pause(min(_GATHER, self._max_interval, due - _clock.monotonic()))
-        return bool(ready) or due <= _clock.monotonic()
+            end = min(now + min(_GATHER, self._max_interval), due)
+            is_found = is_found or self._trees.work(end)
+            if not is_found:
+                self._loop.pause(end - _clock.monotonic())
+        return bool(ready) or is_found or due <= _clock.monotonic()
 
     def _next_due(self) -> float:
         """The monotonic time at which something has to be done; infinite where nothing has."""
@@ -571,8 +597,10 @@ class ProcessServer(abc.ABC, Generic[_R]):
 
     def _next_work(self) -> float:
         """The same, where the round before has come to its end."""
-        due = [self._blocks_due, *(retry.at for retry in self._retries.values())]
-        due += [signalled.until for signalled in self._signalled.values()]
+        searching = self._trees.is_searching
+        due = [self._blocks_due]
+        due += [retry.at for pid, retry in self._retries.items() if not searching(pid)]
+        due += [each.until for pid, each in self._signalled.items() if not searching(pid)]
         due += [self._trees.next_due(), self._inquests.next_due()]
         deadline = self._workers.next_deadline()
         if deadline is not None:
@@ -672,17 +700,19 @@ class ProcessServer(abc.ABC, Generic[_R]):
             )
 
         if not self._make_ready(pid, signal, is_due):
-            # Looked at once more and at once, for what else it has overrun.
-            self._retries[pid] = _Retry(_clock.monotonic(), 0.0, timer.scope_id)
+            # Looked at once more, as soon as its tree is found; or at once, for what else it has
+            # overrun.
+            pause = self._retries[pid].pause if is_retry else 0.0
+            self._retries[pid] = _Retry(_clock.monotonic(), pause, timer.scope_id)
             return
-        pause = self._signal(pid, signal)
-        if pause is not None:
+        failed = self._signal(pid, signal)
+        if failed is not None:
             logger.error(
                 "Worker %s could not be signalled; trying again until it can be",
                 self._workers.name(pid),
             )
             longest = min(_RETRY, self._max_interval)
-            pause = min(longest, max(pause, 2 * self._retries[pid].pause if is_retry else 0.0))
+            pause = min(longest, max(failed, 2 * self._retries[pid].pause if is_retry else 0.0))
             self._retries[pid] = _Retry(_clock.monotonic() + pause, pause, timer.scope_id)
             return
         self._sent.append(signal)
@@ -737,23 +767,26 @@ class ProcessServer(abc.ABC, Generic[_R]):
             is_due: Whether it is to be sent that still.
 
         Returns:
-            Whether it is. If not, the worker goes on.
+            Whether it is. If not, the worker goes on, or its tree has to be found first.
         """
         process = self._workers.process(pid) if self._kill_tree else None
 
         def hold_tree() -> None:
             if process is not None:
                 is_last, name = signal == signals.SIGKILL, self._workers.name(pid)
-                self._trees.hold(process, stop=is_last, name=name)
+                if not self._trees.hold(process, stop=is_last, name=name) and self._is_ending():
+                    self._trees.finish()
 
         self._with_tree(hold_tree)
+        if self._trees.is_searching(pid):
+            return False
         # Where this took a while, or the listeners did, a release may have been written before.
         if self._last_read < _clock.monotonic() - _MOMENT and self._take_last_minute():
             if not is_due():
                 self._trees.let_go(pid)
                 return False
             self._with_tree(hold_tree)  # Let go of where it was forgiven an earlier signal.
-        return True
+        return not self._trees.is_searching(pid)
 
     def _with_tree(self, step: Callable[[], object]) -> None:
         # Without descriptors, for instance: the worker itself is reaped all the same.
@@ -793,7 +826,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         for pid, followed in list(self._signalled.items()):
             if not self._workers.is_held(pid):
                 del self._signalled[pid]
-            elif followed.until > now:
+            elif followed.until > now or self._waits_for_tree(pid):
                 continue
             elif self._workers.was_killed(pid):
                 del self._signalled[pid]
@@ -890,7 +923,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
             self._inquests.close()
             self._retries = {}
             self._signalled = {}
-            self._trees.close()
+            (self._trees.forget_parent if is_child else self._trees.close)()
             was_open, self._is_open = self._is_open, False
         if was_open and not is_child:
             # By now it is known which blocks were never left.

@@ -3,25 +3,39 @@
 No call names a process's descendants. /proc tells of each process its parent and its session, so:
 whoever has one of them for a parent is one, and in a session that one of them leads is nobody else.
 A process whose parent has ended has another one; in a session of its own it is not found any more.
+
+To look takes a while, in which nobody is to wait: what does is a generator that does a piece of it
+at a time, of some tens of microseconds, and yields whether it waits for something.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import math
 import os
 import signal as signals
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Set
-from typing import NamedTuple
+from collections import defaultdict, deque
+from collections.abc import Generator, Iterable, Iterator, Mapping, Set
+from typing import NamedTuple, TypeVar
 
 from elastic_timer import _clock
-from elastic_timer._server.callbacks import contained_logger
-from elastic_timer._server.process import ProcessHandle, name_of, stat_of, state_of, user_of
+from elastic_timer._server.callbacks import contained_logger, run_contained
+from elastic_timer._server.process import (
+    ProcessHandle,
+    name_of,
+    read_file,
+    stat_of,
+    state_of,
+    user_of,
+)
 
 logger = contained_logger(__name__)
+
+_Result = TypeVar("_Result")
+Pieces = Generator[bool, None, _Result]
 
 # A process that is still there so long after SIGKILL hangs in the kernel, where nobody can help.
 UNKILLABLE_AFTER = 5.0
@@ -32,10 +46,14 @@ _LONGEST_SEARCH = 1.0
 # A worker whose stop its parent would see is stopped when so many looks in a row found new ones.
 _PATIENT_LOOKS = 3
 
-# How long a process is waited for, in seconds, that was sent SIGSTOP and still runs.
-_LONGEST_STOP = 0.05
+# How long a process is waited for, in seconds, that was sent SIGSTOP and waits for something in the
+# kernel. One that runs stops as soon as it gets a processor, which takes long on a busy machine.
+_LONGEST_HANG = 0.05
+_STOP_POLL = 0.0001
 
 _STOPPED = ("T", "t")
+# Also one that has ended, or is not there any more.
+_STILL = frozenset({*_STOPPED, "Z", "X", "unknown"})
 
 # These wait for their child's stops, and stop with it; so do shells that give each job a group.
 _STOP_WITH_THEIR_CHILD = frozenset({"sudo", "su", "runuser", "doas", "script", "strace", "gdb"})
@@ -58,25 +76,44 @@ class ProcessTable:
     """
 
     def __init__(self) -> None:
+        self.made = _clock.monotonic()
         self.processes: dict[int, Known] = {}
 
-    def refresh(self) -> None:
-        """Look again.
+    def refresh(self) -> Pieces[Mapping[int, Known]]:
+        """Look again; returns the processes that there are now.
 
         Raises:
             OSError: There is no /proc, or no descriptor left to read it.
         """
-        before, self.processes = self.processes, {}
-        for pid in map(int, filter(str.isdecimal, os.listdir("/proc"))):
-            known = before.get(pid) or look_at(pid)
-            if known is not None:
-                self.processes[pid] = known
+        found = {}
+        with os.scandir("/proc") as entries:
+            for entry in entries:
+                if not entry.name.isdecimal():
+                    continue
+                pid = int(entry.name)
+                known = self.processes.get(pid) or look_at(pid)
+                if known is not None:
+                    found[pid] = known
+                yield False
+        self.processes = found
+        return found
 
-    def ancestors(self, pid: int) -> Iterator[int]:
-        """The process itself, its parent and so on."""
-        while (known := self.processes.get(pid)) is not None:
-            yield pid
-            pid = known.parent
+
+def at_once(pieces: Pieces[_Result]) -> _Result:
+    """Do all the pieces, one after the other; what they come to."""
+    while True:
+        try:
+            next(pieces)
+        except StopIteration as end:
+            result: _Result = end.value
+            return result
+
+
+def ancestors(processes: Mapping[int, Known], pid: int) -> Iterator[int]:
+    """The process itself, its parent and so on."""
+    while (known := processes.get(pid)) is not None:
+        yield pid
+        pid = known.parent
 
 
 def look_at(pid: int) -> Known | None:
@@ -114,15 +151,23 @@ def descendants(
                 pending.append(known.pid)
         reached = []
         for pid in pending:
-            reached += children[pid] + members[pid]
+            reached += [each for each in children[pid] if _may_have_begun(processes.get(pid), each)]
+            reached += members[pid]
         pending = []
     return found
+
+
+def _may_have_begun(parent: Known | None, child: Known) -> bool:
+    """Whether a parent is not younger: then it is another one, who has the number since."""
+    return parent is None or int(parent.start) <= int(child.start)
 
 
 class _Held(NamedTuple):
     process: ProcessHandle
     known: Known
-    is_stopped: bool  # By us.
+    is_stopped: bool = False  # By us.
+    # It was seen to have come to the stop: it starts no others, nor becomes another user's.
+    is_still: bool = False
 
 
 class Tree:
@@ -139,6 +184,8 @@ class Tree:
         self._held: dict[int, _Held] = {}
         # Led by one that was found; valid while a member is held, for then it is still that one.
         self._sessions: set[int] = set()
+        # Whose stop was waited for, whether it came or not.
+        self._awaited: set[int] = set()
 
     def pids(self) -> list[int]:
         """The processes that are held, nearest first."""
@@ -148,7 +195,62 @@ class Tree:
         """The processes that are held, and when they began."""
         return {pid: held.known.start for pid, held in self._held.items()}
 
-    def find(self, table: ProcessTable, roots: Iterable[int] = (), stop: bool = False) -> bool:
+    def chase(
+        self, table: ProcessTable, root: Known, is_stopped: bool, until: float
+    ) -> Pieces[None]:
+        """Stop what is held, and its children as soon as they are there, and wait until all stand.
+
+        A fork that is under way comes to its end, and the child that it makes would be missed by a
+        look before. So one that runs is waited for until it has had a processor. Where the kernel
+        lists no children (CONFIG_PROC_CHILDREN), `find` alone finds them.
+
+        Args:
+            table: Where the server's ancestors are.
+            root: The process to begin with, besides those that are held.
+            is_stopped: Whether it was sent SIGSTOP.
+            until: How long those are waited for that run, in monotonic seconds.
+        """
+        self._stop(list(self._held))
+        spared = {os.getpid(), *ancestors(table.processes, os.getpid())}
+        known = [root, *(held.known for held in self._held.values())]
+        pending = deque(each for each in known if each.pid not in self._awaited)
+        since: dict[int, float] = {}
+        idle = 0
+        while pending:
+            parent = pending.popleft()
+            held = self._held.get(parent.pid)
+            is_sent = is_stopped if held is None else held.is_stopped
+            moving = set()
+            if is_sent:
+                for state in _states_of_threads(parent.pid):
+                    moving.add(state)
+                    yield False
+                moving -= _STILL
+            now, count = _clock.monotonic(), len(pending)
+            # After its state: what has stopped has no other children later.
+            for child in _children_of(parent):
+                if child.pid not in spared and child.pid not in self.others and self.hold(child):
+                    self._stop([child.pid])
+                    pending.append(child)
+                yield False
+            hangs_until = since.setdefault(parent.pid, now) + _LONGEST_HANG
+            if moving and now < (until if "R" in moving else min(until, hangs_until)):
+                idle = idle + 1 if len(pending) == count else 0
+                pending.append(parent)
+            else:
+                idle = 0
+                if is_sent:
+                    self._awaited.add(parent.pid)
+                if is_sent and held is not None:
+                    self._held[parent.pid] = held._replace(is_still=not moving)
+            if 0 < len(pending) <= idle:
+                idle = 0
+                time.sleep(_STOP_POLL)
+                yield True
+
+    def find(
+        self, table: ProcessTable, roots: Iterable[int] = (), stop: bool = False
+    ) -> Pieces[bool]:
         """Look for descendants and hold them.
 
         Args:
@@ -164,35 +266,45 @@ class Tree:
         """
         if stop:
             self._stop(list(self._held))
-        table.refresh()
+        processes = yield from table.refresh()
         ours = os.getpid()
-        # A number counts that was the same process's when the table was made, and still is.
-        alive = [pid for pid, held in self._held.items() if _is(held.known)]
-        sessions = {table.processes[pid].session for pid in alive if pid in table.processes}
+        alive = []
+        for pid, held in self._held.items():
+            # A number counts that was the same process's when the table was made, and still is.
+            if _is(held.known):
+                alive.append(pid)
+            yield False
+        sessions = {processes[pid].session for pid in alive if pid in processes}
         seeds = [*roots, *alive]
-        found = descendants(table.processes, seeds, sessions & self._sessions, ours)
+        found = descendants(processes, seeds, sessions & self._sessions, ours)
         self._sessions |= {known.session for known in found if known.session == known.pid}
-        self._sessions |= {pid for pid in roots if _leads(table.processes.get(pid))}
-        spared = {*table.ancestors(ours), *self.others}
-        new = [known for known in found if known.pid not in spared and self.hold(known)]
-        if stop:
-            self._stop([known.pid for known in new])
-        return bool(new)
+        self._sessions |= {pid for pid in roots if _leads(processes.get(pid))}
+        spared = {*ancestors(processes, ours), *self.others}
+        is_new = False
+        for known in found:
+            if known.pid not in spared and self.hold(known):
+                is_new = True
+                if stop:
+                    # At once: what it starts and leaves before its stop is nobody's child.
+                    self._stop([known.pid])
+            yield False
+        return is_new
 
     def resume(self) -> None:
-        """Let those go on that `find` has stopped."""
+        """Let those go on that were stopped here."""
+        self._awaited.clear()
         for pid, held in self._held.items():
             if held.is_stopped:
                 self._send(pid, signals.SIGCONT)
-                self._held[pid] = held._replace(is_stopped=False)
+                self._held[pid] = held._replace(is_stopped=False, is_still=False)
 
     def send(self, signal: int) -> None:
         """Send a signal to each that is held, but to none that is another user's by now."""
-        for pid in self._held:
-            user = user_of(pid)
-            # Not known for want of a descriptor, most likely: it was theirs.
-            if user is None or user in self._users:
-                self._send(pid, signal)
+        allowed = [pid for pid, held in self._held.items() if held.is_still or self._may(pid)]
+        # Without a pause, and the farthest first: the kernel has a stopped process group go on when
+        # a parent of it in another one ends, and then it might start others.
+        for pid in reversed(allowed) if signal == signals.SIGKILL else allowed:
+            self._send(pid, signal)
 
     def forget_ended(self) -> None:
         """Let go of those that have ended."""
@@ -219,12 +331,17 @@ class Tree:
         # Asked last: it is this process that all the answers were about.
         is_there = _is(known) and not process.has_exited()
         if is_there and user in self._users:
-            self._held[known.pid] = _Held(process, known, is_stopped=False)
+            self._held[known.pid] = _Held(process, known)
             return True
         process.close()
         if is_there:
             self.others[known.pid] = known.start
         return False
+
+    def _may(self, pid: int) -> bool:
+        user = user_of(pid)
+        # Not known for want of a descriptor, most likely: it was theirs.
+        return user is None or user in self._users
 
     def _stop(self, pids: Iterable[int]) -> None:
         for pid in pids:
@@ -253,15 +370,18 @@ def _is(known: Known) -> bool:
     return bool(stat and stat[19] == known.start)
 
 
-def _wait_until_stopped(pids: Iterable[int]) -> None:
-    """Wait for the stop of those that were sent SIGSTOP: a fork that is under way comes to its end.
-
-    The child that it made would be missed by a look before.
-    """
-    end = _clock.monotonic() + _LONGEST_STOP
-    for pid in pids:
-        while "R" in _states_of_threads(pid) and _clock.monotonic() < end:
-            time.sleep(0.0002)
+def _children_of(parent: Known) -> list[Known]:
+    """The children that the kernel lists; of very many not all."""
+    found: list[Known | None] = []
+    with contextlib.suppress(OSError):
+        for thread in os.listdir(f"/proc/{parent.pid}/task"):
+            # Where the end is cut off, the last number is somebody else's.
+            listed = read_file(f"/proc/{parent.pid}/task/{thread}/children").split()
+            found += map(look_at, map(int, listed))
+    # Asked last: it is its children that were listed.
+    if not _is(parent):
+        return []
+    return [child for child in found if child is not None and child.parent == parent.pid]
 
 
 def _states_of_threads(pid: int) -> Iterator[str]:
@@ -287,6 +407,11 @@ class _Worker:
         worker: The worker's process.
         name: What the log calls it.
 
+    Attributes:
+        stops: What `search` was called with for what is held now; None where that is out of date.
+        search_on: The search that is under way.
+        is_condemned: Whether all is killed at its end.
+
     Raises:
         OSError: No descriptor is left to look at it with.
         ProcessLookupError: It has ended.
@@ -305,10 +430,13 @@ class _Worker:
             raise OSError(number, os.strerror(number))
         self.pid = worker.pid
         self._known = known
-        self._is_stopped = False
+        self.is_stopped = False
+        self.stops: bool | None = None
+        self.search_on: Pieces[None] | None = None
+        self.is_condemned = False
         self.tree = Tree({user})
 
-    def find(self, table: ProcessTable, stop: bool) -> None:
+    def search(self, table: ProcessTable, stop: bool) -> Pieces[None]:
         """Look for what the worker has started.
 
         Args:
@@ -317,25 +445,30 @@ class _Worker:
         """
         end = _clock.monotonic() + _LONGEST_SEARCH
         looks = 0
-        while _clock.monotonic() < end:
-            if stop and (looks == _PATIENT_LOOKS or not _stops_with(self._known)):
-                self._stop()
-            if stop:
-                _wait_until_stopped([*self.tree.pids(), *([self.pid] if self._is_stopped else [])])
-            try:
-                is_new = self.tree.find(table, [self.pid] if _is(self._known) else [], stop)
-            except OSError as error:
-                _tell_of_no_search(self.name, error)
-                return
-            looks += 1
-            if not stop or not is_new:
-                return
+        try:
+            if stop and not self.is_condemned:
+                # So that most has been read by the time that they are stopped.
+                yield from table.refresh()
+            while True:
+                if stop:
+                    self._stop_patiently(looks)
+                    yield from self.tree.chase(table, self._known, self.is_stopped, end)
+                roots = [self.pid] if _is(self._known) else []
+                is_new = yield from self.tree.find(table, roots, stop)
+                looks += 1
+                if not stop:
+                    return
+                if _clock.monotonic() >= end:
+                    break
+                if not is_new:
+                    return
+        except OSError as error:
+            _tell_of_no_search(self.name, error)
+            return
         logger.error("Of what worker %s has started not all was found: it grows faster", self.name)
 
-    def kill(self, table: ProcessTable) -> dict[int, str]:
-        """Kill all that the worker has started; their pids and starts."""
-        if not self._is_stopped:
-            self.find(table, stop=True)
+    def kill_tree(self) -> dict[int, str]:
+        """Kill all that is held of what the worker has started; their pids and starts."""
         self.tree.forget_ended()
         self.tree.send(signals.SIGKILL)
         return self.tree.starts()
@@ -343,19 +476,21 @@ class _Worker:
     def resume(self) -> None:
         """Let go on what was stopped."""
         self.tree.resume()
-        if self._is_stopped:
+        if self.is_stopped:
             self._send(signals.SIGCONT)
-            self._is_stopped = False
+            self.is_stopped = False
 
     def close(self) -> None:
         """Let go of all."""
         self._process.close()
         self.tree.close()
 
-    def _stop(self) -> None:
-        if not self._is_stopped and state_of(self.pid) not in _STOPPED:
+    def _stop_patiently(self, looks: int) -> None:
+        if self.is_condemned or self.is_stopped or state_of(self.pid) in _STOPPED:
+            return
+        if looks >= _PATIENT_LOOKS or not _stops_with(self._known):
             self._send(signals.SIGSTOP)
-            self._is_stopped = True
+            self.is_stopped = True
 
     def _send(self, signal: int) -> None:
         with contextlib.suppress(OSError):
@@ -382,50 +517,98 @@ class _Killed(NamedTuple):
 
 
 class Trees:
-    """What workers have started, from the signal to a worker until its tree is gone with it."""
+    """What workers have started, from the signal to a worker until its tree is gone with it.
+
+    It is looked for by `work`, a piece at a time.
+    """
 
     def __init__(self) -> None:
         self._workers: dict[int, _Worker] = {}
+        # Those of whom a search is under way, also if they have ended and are no workers any more.
+        self._busy: deque[_Worker] = deque()
         self._killed: list[_Killed] = []
-        # One for all that is done in one round.
+        # One for all that are looked for at the same time.
         self._table: ProcessTable | None = None
 
-    def hold(self, worker: ProcessHandle, stop: bool, name: str) -> None:
+    def hold(self, worker: ProcessHandle, stop: bool, name: str) -> bool:
         """Hold what a worker has started, before it is signalled.
 
         Args:
             worker: The worker's process. Of one that has ended nothing is held.
             stop: Stop all of it, and the worker: it is about to be killed.
             name: What the log is to call the worker.
+
+        Returns:
+            Whether all is held that can be. Else `work` has to find it first.
         """
         if worker.pid not in self._workers:
             try:
                 self._workers[worker.pid] = _Worker(worker, name)
             except ProcessLookupError:
-                return
+                return True
             except OSError as error:
                 _tell_of_no_search(name, error)
-                return
-        self._workers[worker.pid].find(self._processes(), stop)
+                return True
+        held = self._workers[worker.pid]
+        if held.stops is not stop:
+            self._search(held, stop)
+        return held.search_on is None
+
+    def is_searching(self, pid: int) -> bool:
+        """Whether what a worker has started is being looked for."""
+        return pid in self._workers and self._workers[pid].search_on is not None
+
+    def has_work(self) -> bool:
+        """Whether there is something to do for `work`."""
+        return bool(self._busy)
+
+    def work(self, until: float) -> bool:
+        """Do at least a piece of what is to be done; whether a search has come to its end.
+
+        Args:
+            until: When to stop, in monotonic seconds.
+        """
+        while self._busy:
+            if self._advance():
+                return True
+            if _clock.monotonic() >= until:
+                return False
+        return False
+
+    def finish(self) -> None:
+        """Do all that is to be done."""
+        while self._busy:
+            self.work(math.inf)
+
+    def held(self) -> list[int]:
+        """The workers of whom all that they have started is held for a signal, or about to be."""
+        return [pid for pid, worker in self._workers.items() if worker.stops is not None]
 
     def resume(self, pid: int) -> None:
         """Let a worker go on that was stopped, and what it has started; they stay held."""
         if pid in self._workers:
-            self._workers[pid].resume()
+            self._resume(self._workers[pid])
 
     def let_go(self, pid: int) -> None:
         """Hold no longer what a worker has started that lives on."""
         if pid in self._workers:
-            self._workers[pid].resume()
+            self._resume(self._workers[pid])
             self._workers.pop(pid).close()
 
     def kill(self, pid: int) -> None:
-        """Kill what is held of a worker that was killed or has ended."""
-        if pid not in self._workers:
+        """Kill what is held of a worker that was killed or has ended, and what is found then."""
+        worker = self._workers.pop(pid, None)
+        if worker is None:
             return
-        worker = self._workers.pop(pid)
+        worker.is_condemned = True
+        if worker.search_on is None and worker.is_stopped:
+            self._kill(worker)
+        elif worker.search_on is None or not worker.stops:
+            self._search(worker, stop=True)
+
+    def _kill(self, worker: _Worker) -> None:
         try:
-            starts = worker.kill(self._processes())
+            starts = worker.kill_tree()
         finally:
             # Whatever was stopped and is not killed: nobody else would let it go on.
             worker.resume()
@@ -443,7 +626,8 @@ class Trees:
 
     def follow_up(self) -> None:
         """Name what is still there some time after it was killed; the end of a round."""
-        self._table = None
+        if not self._busy:
+            self._table = None
         while self._killed and self._killed[0].until <= _clock.monotonic():
             killed = self._killed.pop(0)
             left = still_there(killed.starts)
@@ -460,16 +644,52 @@ class Trees:
         return self._killed[0].until if self._killed else math.inf
 
     def close(self) -> None:
-        """Let go of all; nothing is signalled."""
-        for worker in self._workers.values():
-            worker.close()
-        self._workers = {}
+        """Kill what is to be killed, and let go of all else."""
+        for pid in list(self._workers):
+            self.let_go(pid)
+        self.finish()
         self._killed = []
 
-    def _processes(self) -> ProcessTable:
-        if self._table is None:
+    def forget_parent(self) -> None:
+        """Let go, in a forked child, of what the parent holds; nobody is signalled."""
+        for worker in [*self._workers.values(), *self._busy]:
+            worker.close()
+        self._workers = {}
+        self._busy.clear()
+        self._killed = []
+
+    def _search(self, worker: _Worker, stop: bool) -> None:
+        self._resume(worker)
+        if self._table is None or self._table.made < _clock.monotonic() - _LONGEST_SEARCH:
             self._table = ProcessTable()
-        return self._table
+        worker.stops, worker.search_on = stop, worker.search(self._table, stop)
+        self._busy.append(worker)
+
+    def _resume(self, worker: _Worker) -> None:
+        if worker.search_on is not None:
+            self._busy.remove(worker)
+        worker.stops = worker.search_on = None
+        worker.resume()
+
+    def _advance(self) -> bool:
+        """Do the next piece; whether a search has come to its end with it."""
+        worker = self._busy[0]
+        assert worker.search_on is not None
+        try:
+            # While one waits for processes to stop, another is got on with.
+            if next(worker.search_on):
+                self._busy.rotate(-1)
+            return False
+        except StopIteration:
+            pass
+        # Without memory, for instance. The worker itself is reaped all the same.
+        except BaseException:
+            logger.exception("Error looking for what worker %s has started", worker.name)
+        self._busy.popleft()
+        worker.search_on = None
+        if worker.is_condemned:
+            run_contained(functools.partial(self._kill, worker))
+        return True
 
 
 def _in_words(what: Iterable[object]) -> str:
