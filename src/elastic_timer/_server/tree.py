@@ -14,6 +14,7 @@ import contextlib
 import errno
 import functools
 import math
+import operator
 import os
 import signal as signals
 import time
@@ -91,10 +92,12 @@ class ProcessTable:
                 if not entry.name.isdecimal():
                     continue
                 pid = int(entry.name)
-                known = self.processes.get(pid) or look_at(pid)
+                known = self.processes.get(pid)
+                if known is None:
+                    known = look_at(pid)
+                    yield False
                 if known is not None:
                     found[pid] = known
-                yield False
         self.processes = found
         return found
 
@@ -103,7 +106,8 @@ def at_once(pieces: Pieces[_Result]) -> _Result:
     """Do all the pieces, one after the other; what they come to."""
     while True:
         try:
-            next(pieces)
+            if next(pieces):
+                time.sleep(_STOP_POLL)
         except StopIteration as end:
             result: _Result = end.value
             return result
@@ -245,7 +249,6 @@ class Tree:
                     self._held[parent.pid] = held._replace(is_still=not moving)
             if 0 < len(pending) <= idle:
                 idle = 0
-                time.sleep(_STOP_POLL)
                 yield True
 
     def find(
@@ -410,6 +413,7 @@ class _Worker:
     Attributes:
         stops: What `search` was called with for what is held now; None where that is out of date.
         search_on: The search that is under way.
+        spent: How many seconds were spent on it.
         is_condemned: Whether all is killed at its end.
 
     Raises:
@@ -433,6 +437,7 @@ class _Worker:
         self.is_stopped = False
         self.stops: bool | None = None
         self.search_on: Pieces[None] | None = None
+        self.spent = 0.0
         self.is_condemned = False
         self.tree = Tree({user})
 
@@ -525,7 +530,9 @@ class Trees:
     def __init__(self) -> None:
         self._workers: dict[int, _Worker] = {}
         # Those of whom a search is under way, also if they have ended and are no workers any more.
-        self._busy: deque[_Worker] = deque()
+        self._busy: list[_Worker] = []
+        # How many of them had to wait in turn.
+        self._waiting = 0
         self._killed: list[_Killed] = []
         # One for all that are looked for at the same time.
         self._table: ProcessTable | None = None
@@ -663,6 +670,7 @@ class Trees:
         if self._table is None or self._table.made < _clock.monotonic() - _LONGEST_SEARCH:
             self._table = ProcessTable()
         worker.stops, worker.search_on = stop, worker.search(self._table, stop)
+        worker.spent = 0.0
         self._busy.append(worker)
 
     def _resume(self, worker: _Worker) -> None:
@@ -673,19 +681,24 @@ class Trees:
 
     def _advance(self) -> bool:
         """Do the next piece; whether a search has come to its end with it."""
-        worker = self._busy[0]
+        # One that has few is not to wait for one that has many.
+        worker = min(self._busy, key=operator.attrgetter("spent"))
         assert worker.search_on is not None
+        before = _clock.monotonic()
         try:
-            # While one waits for processes to stop, another is got on with.
-            if next(worker.search_on):
-                self._busy.rotate(-1)
+            waits = next(worker.search_on)
+            self._waiting = self._waiting + 1 if waits else 0
+            if self._waiting >= len(self._busy):
+                self._waiting = 0
+                time.sleep(_STOP_POLL)
+            worker.spent += max(_STOP_POLL if waits else 0.0, _clock.monotonic() - before)
             return False
         except StopIteration:
             pass
         # Without memory, for instance. The worker itself is reaped all the same.
         except BaseException:
             logger.exception("Error looking for what worker %s has started", worker.name)
-        self._busy.popleft()
+        self._busy.remove(worker)
         worker.search_on = None
         if worker.is_condemned:
             run_contained(functools.partial(self._kill, worker))
