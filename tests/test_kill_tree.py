@@ -11,6 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 
@@ -23,6 +24,7 @@ from tests.jobs import pids, told_twice
 from tests.servers import Link
 from tests.support import (
     Child,
+    ForkedWorker,
     eventually,
     is_alive,
     marked_processes,
@@ -484,6 +486,163 @@ def test_parent_that_would_stop_with_its_child(
         link.put(worker, "block", time.time() + 0.1)
         assert parent.readline() == "ended"
         eventually(lambda: marked_processes(mark).keys() == {parent.pid}, timeout=5)
+
+
+# While it is looked for ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have it take long to hold what a worker has started."""
+    hold = _tree.Tree.hold
+
+    def hold_slowly(tree: _tree.Tree, known: _tree.Known) -> bool:
+        time.sleep(0.05)
+        return hold(tree, known)
+
+    monkeypatch.setattr(_tree.Tree, "hold", hold_slowly)
+
+
+MANY = """
+for _ in range(15):
+    start()
+stay()
+"""
+
+
+@pytest.mark.usefixtures("slow_search")
+def test_search_makes_nobody_late(link: Link, job: Callable[..., Child], mark: str) -> None:
+    """One that is due meanwhile, and has started less, is reaped before; and both are."""
+    worker, other = job(MANY), job("stay()")
+    pids(worker, 16)
+    pids(other, 1)
+    with running(link.server(kill_tree=True)):
+        now = time.time()
+        link.put(worker.pid, "block", now + 0.1)
+        link.put(other.pid, "block", now + 0.3)
+        assert other.wait() == -signal.SIGKILL
+        assert is_alive(worker.pid)
+        assert worker.wait() == -signal.SIGKILL
+        eventually(lambda: not marked_processes(mark), timeout=5)
+
+
+@pytest.mark.usefixtures("slow_search")
+def test_server_that_is_stopped_while_it_searches(
+    file_link: Link, job: Callable[..., Child], mark: str
+) -> None:
+    """Its last round finds all, and kills it; nobody is left stopped."""
+    worker = job(MANY)
+    pids(worker, 16)
+    with running(file_link.server(kill_tree=True)) as server:
+        file_link.put(worker.pid, "block", time.time() + 0.1)
+        eventually(server._trees.has_work)
+    assert not server._trees.has_work()
+    assert worker.wait() == -signal.SIGKILL
+    eventually(lambda: not marked_processes(mark), timeout=5)
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_worker_that_ends_while_its_tree_is_looked_for(
+    stop: bool, job: Callable[..., Child], mark: str
+) -> None:
+    """It was due: what is held by then ends as well, also where nobody was stopped for it."""
+    worker = job("start(); start(); stay()")
+    pids(worker, 3)
+    with contextlib.closing(_tree.Trees()) as trees, ProcessHandle(worker.pid) as process:
+        trees.hold(process, stop, "4711")
+        tree = trees._workers[worker.pid].tree
+        while len(tree.pids()) < 2:
+            assert not trees.work(0)
+        worker.process.kill()
+        assert worker.wait() == -signal.SIGKILL
+        trees.kill(worker.pid)
+        assert len(marked_processes(mark)) == 2
+    eventually(lambda: not marked_processes(mark))
+
+
+@pytest.mark.usefixtures("slow_search")
+def test_release_while_the_tree_is_looked_for(
+    file_link: Link, job: Callable[..., Child], mark: str
+) -> None:
+    """All that was stopped goes on, and lives."""
+    worker = job(MANY)
+    found = pids(worker, 16)
+    with running(file_link.server(kill_tree=True)) as server:
+        file_link.put(worker.pid, "block", time.time() + 0.1)
+        eventually(lambda: process_state(worker.pid) == "T")
+        file_link.put(worker.pid, "block", -1)
+        eventually(lambda: states(found) <= {"R", "S"})
+        assert not server._trees.has_work()
+        assert not server._trees.held()
+    assert marked_processes(mark).keys() == set(found)
+
+
+@pytest.mark.usefixtures("slow_search")
+def test_release_of_a_second_block_while_the_tree_is_looked_for(
+    file_link: Link, job: Callable[..., Child], mark: str
+) -> None:
+    """What is held since the soft signal for the first one stays held, and ends with the worker."""
+    worker = job(SOFT, "lives")
+    found = pids(worker, 2)
+    with running(file_link.server(kill_tree=True)) as server:
+        put_soft(file_link, worker.pid, scope="soft")
+        assert worker.readline() == "worker had 15"
+        eventually(lambda: server._signalled)
+        file_link.put(worker.pid, "hard", time.time())
+        eventually(lambda: process_state(worker.pid) == "T")
+        file_link.put(worker.pid, "hard", -1)
+        eventually(lambda: states(found) <= {"R", "S"})
+        worker.process.kill()
+        eventually(lambda: not marked_processes(mark), timeout=5)
+
+
+def test_fork_of_the_server_while_it_searches(
+    job: Callable[..., Child], fork_worker: Callable[..., ForkedWorker]
+) -> None:
+    """The child signals nobody, and lets go of all."""
+    worker = job("start(); stay()")
+    found = pids(worker, 2)
+    with contextlib.closing(_tree.Trees()) as trees, ProcessHandle(worker.pid) as process:
+        trees.hold(process, stop=True, name="4711")
+        while states(found) != {"T"}:
+            trees.work(0)
+
+        def child(channel: Any) -> None:
+            before = len(os.listdir("/proc/self/fd"))
+            trees.forget_parent()
+            channel.send((before - len(os.listdir("/proc/self/fd")), trees.has_work()))
+
+        assert fork_worker(child).receive() == (2, False)
+        assert states(found) == {"T"}
+    assert states(found) <= {"R", "S"}
+
+
+def test_search_that_raises(
+    job: Callable[..., Child], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is over, and the log says so."""
+    worker = job("stay()")
+    pids(worker, 1)
+    monkeypatch.setattr(_tree, "_stops_with", mock_raising(MemoryError()))
+    with contextlib.closing(_tree.Trees()) as trees, ProcessHandle(worker.pid) as process:
+        assert not trees.hold(process, stop=True, name="4711")
+        trees.finish()
+        assert trees.hold(process, stop=True, name="4711")
+    assert eventually(lambda: records(caplog, "Error looking for what worker 4711"))
+
+
+def test_two_that_wait_are_waited_for_together(job: Callable[..., Child]) -> None:
+    """The turn is given on, and nobody burns a core."""
+    workers = [job("stay()") for _ in range(2)]
+    for worker in workers:
+        pids(worker, 1)
+    with contextlib.closing(_tree.Trees()) as trees, contextlib.ExitStack() as held:
+        for worker in workers:
+            process = held.enter_context(ProcessHandle(worker.pid))
+            assert not trees.hold(process, stop=True, name=str(worker.pid))
+        trees.finish()
+        assert states([worker.pid for worker in workers]) == {"T"}
+    assert states([worker.pid for worker in workers]) <= {"R", "S"}
 
 
 # Where it can't be done --------------------------------------------------------------------------
