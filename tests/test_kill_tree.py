@@ -578,6 +578,52 @@ def test_release_while_the_tree_is_looked_for(
 
 
 @pytest.mark.usefixtures("slow_search")
+@pytest.mark.parametrize("scope", ["soft", "hard"])
+def test_release_while_the_last_round_searches(
+    file_link: Link,
+    job: Callable[..., Child],
+    mark: str,
+    monkeypatch: pytest.MonkeyPatch,
+    scope: str,
+) -> None:
+    """It saves from the signal for that block, and from no other."""
+    release_late(file_link, scope, monkeypatch)
+    worker = job(SOFT, "lives")
+    found = pids(worker, 2)
+    with running(file_link.server(kill_tree=True)) as server:
+        put_soft(file_link, worker.pid, scope="soft")
+        assert worker.readline() == "worker had 15"
+        eventually(lambda: server._signalled)
+        with server._workers._lock:  # So that there is no round before the last one.
+            file_link.put(worker.pid, "hard", time.time())
+            server._run_once = True
+        server.run_once()
+    if scope == "hard":
+        assert states(found) <= {"R", "S"}
+    else:
+        assert worker.wait() == -signal.SIGKILL
+        eventually(lambda: not marked_processes(mark), timeout=5)
+
+
+def test_server_that_waits_in_its_own_way(
+    file_link: Link, job: Callable[..., Child], mark: str
+) -> None:
+    """Where nothing is looked for in the wait, the round does it."""
+
+    class Polling(FileTimerServer):
+        def _get_requests(self, fd: int, max_interval: float) -> list[FileTimerRequest]:
+            time.sleep(0.02)
+            return self._source.drain()
+
+    worker = job("start(); stay()")
+    pids(worker, 2)
+    with running(Polling(file_link.path, "run", kill_tree=True)):
+        file_link.put(worker.pid, "block", time.time() + 0.1)
+        assert worker.wait() == -signal.SIGKILL
+        eventually(lambda: not marked_processes(mark), timeout=5)
+
+
+@pytest.mark.usefixtures("slow_search")
 def test_release_of_a_second_block_while_the_tree_is_looked_for(
     file_link: Link, job: Callable[..., Child], mark: str
 ) -> None:

@@ -280,6 +280,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
         # What overdue workers were sent in this round.
         self._sent: list[int] = []
         self._looked_at = 0.0
+        # In this round, by `_wait`.
+        self._has_waited = False
         # A round that raises between the two has left workers to the next one, which must not wait.
         self._is_unfinished = False
         self._retries: dict[int, _Retry] = {}
@@ -432,6 +434,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
             get_requests: Waits until there is something to do, and takes the requests.
         """
         self._sent = []
+        self._has_waited = False
         requests = self._contained(get_requests, self._pause_after_error)
         # Asked once more: a process that wrote what was just read under the number of another one
         # began after that one's end.
@@ -539,7 +542,14 @@ class ProcessServer(abc.ABC, Generic[_R]):
 
     def _waits_for_tree(self, pid: int) -> bool:
         """Whether a signal has to wait until what its worker has started is found."""
-        return self._trees.is_searching(pid) and not self._is_ending()
+        return self._trees.is_searching(pid) and self._may_search_on()
+
+    def _may_search_on(self) -> bool:
+        """Whether the wait of another round looks for what workers have started.
+
+        A subclass may have a wait of its own.
+        """
+        return self._has_waited and not self._is_ending()
 
     def _let_trees_go(self) -> None:
         """Have those go on for whose signal all was held and who have left their block since."""
@@ -564,6 +574,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         Returns:
             Whether there is something to do. False after the timeout or when woken.
         """
+        self._has_waited = True
         due = self._next_due()
         before = _clock.monotonic()
         timeout = min(timeout, due - before - _FINE)
@@ -774,7 +785,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
         def hold_tree() -> None:
             if process is not None:
                 is_last, name = signal == signals.SIGKILL, self._workers.name(pid)
-                if not self._trees.hold(process, stop=is_last, name=name) and self._is_ending():
+                is_held = self._trees.hold(process, stop=is_last, name=name)
+                if not (is_held or self._may_search_on()):
                     self._trees.finish()
 
         self._with_tree(hold_tree)
