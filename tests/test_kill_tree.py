@@ -812,6 +812,8 @@ def known(pid: int, parent: int, session: int = 1, start: str = "0") -> _tree.Kn
         ([known(30, 1, 20), known(40, 1, 50)], {20}, [30]),
         # Neither the server, nor what it has started, nor those in its session.
         ([known(10, 1, 10), known(5, 10, 10), known(6, 5, 10), known(7, 1, 10)], set(), []),
+        # Not the child of whoever had the number before: its parent is never younger.
+        ([known(10, 1), known(20, 10, start="7"), known(30, 20, start="6")], set(), [20]),
         # One that is above itself, as numbers that were given away can make it look like.
         ([known(10, 20), known(20, 10)], set(), [20]),
     ],
@@ -918,6 +920,58 @@ def test_nobody_is_left_stopped(
         eventually(lambda: not is_alive(child))
     else:
         eventually(lambda: states(found) <= {"R", "S"})
+
+
+def test_children_are_found_without_a_look_at_all(
+    tree: _tree.Tree, job: Callable[..., Child]
+) -> None:
+    """The kernel lists them: each is stopped when its parent is, and seen to be."""
+    worker = job("start(start); start(); stay()")
+    found = pids(worker, 4)
+    root = _tree.look_at(worker.pid)
+    assert root is not None
+    if not _tree._children_of(root):
+        pytest.skip("the kernel lists no children")
+    _tree.at_once(tree.chase(_tree.ProcessTable(), root, False, time.monotonic() + 20))
+    assert {*tree.pids(), worker.pid} == set(found)
+    assert states(tree.pids()) == {"T"}
+    tree.resume()
+    # Not those of a process that has the number since.
+    assert _tree._children_of(root._replace(start="1")) == []
+
+
+def test_children_that_the_kernel_does_not_list(
+    job: Callable[..., Child], mark: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without CONFIG_PROC_CHILDREN the look at all processes finds them."""
+    monkeypatch.setattr(_tree, "_children_of", lambda parent: [])
+    worker = job("start(start); start(); stay()")
+    pids(worker, 4)
+    with contextlib.closing(_tree.Trees()) as trees, ProcessHandle(worker.pid) as process:
+        trees.hold(process, stop=True, name="4711")
+        trees.finish()
+        trees.kill(worker.pid)
+    eventually(lambda: marked_processes(mark).keys() == {worker.pid})
+
+
+def test_farthest_is_killed_first(
+    tree: _tree.Tree, job: Callable[..., Child], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that none goes on, where its parent's end has the kernel continue its group."""
+    worker = job("start(start); stay()")
+    found = pids(worker, 3)
+    root = _tree.look_at(worker.pid)
+    assert root is not None
+    _tree.at_once(tree.find(_tree.ProcessTable(), [worker.pid], stop=True))
+    nearest_first = tree.pids()
+    sent: list[int] = []
+    monkeypatch.setattr(ProcessHandle, "send", lambda process, number: sent.append(process.pid))
+    tree.send(signal.SIGKILL)
+    tree.send(signal.SIGTERM)
+    monkeypatch.undo()
+    assert set(nearest_first) == set(found) - {worker.pid}
+    assert sent == [*reversed(nearest_first), *nearest_first]
+    tree.resume()
 
 
 def test_process_that_does_not_stop_is_waited_for(
