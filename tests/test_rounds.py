@@ -295,7 +295,7 @@ def test_worker_that_outlives_sigkill_is_reported_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One error with its state and what that means, and the rounds go on."""
-    monkeypatch.setattr(_server, "_UNKILLABLE_AFTER", 0.3)
+    monkeypatch.setattr(_server, "UNKILLABLE_AFTER", 0.3)
     send = ProcessHandle.send
     spared: list[int] = []
 

@@ -35,8 +35,7 @@ from elastic_timer._server.events import (
 )
 from elastic_timer._server.inquests import Inquests
 from elastic_timer._server.process import is_running, refusal, state_of
-from elastic_timer._server.tree import UNKILLABLE_AFTER as _UNKILLABLE_AFTER
-from elastic_timer._server.tree import Trees
+from elastic_timer._server.tree import UNKILLABLE_AFTER, Trees
 from elastic_timer._server.workers import Request, Workers
 
 if TYPE_CHECKING:
@@ -807,7 +806,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
     def _note_signal(self, pid: int, timer: _R, signal: int) -> None:
         now = _clock.monotonic()
         if self._workers.was_killed(pid):
-            self._signalled[pid] = _Signalled(timer, signal, now + _UNKILLABLE_AFTER)
+            self._signalled[pid] = _Signalled(timer, signal, now + UNKILLABLE_AFTER)
         elif signal == signals.SIGKILL:
             self._workers.presume_dead(pid)
             if self._kill_tree:
@@ -846,7 +845,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
                 logger.error(
                     "Worker %s is still there %.0f s after SIGKILL, in state %s; %s",
                     self._workers.name(pid),
-                    _UNKILLABLE_AFTER,
+                    UNKILLABLE_AFTER,
                     state,
                     # At work on its end, which a busy processor or much memory makes long.
                     "it is about to end, and slow at that"
