@@ -21,6 +21,7 @@ from elastic_timer._command.leftovers import Leftovers
 from elastic_timer._command.systemd import Notifier, remove_variables
 from elastic_timer._server.callbacks import PATIENCE, contained_logger, flush_log
 from elastic_timer._server.events import BlocksMeasured, Event, WatchdogRound
+from elastic_timer._server.process import stat_of
 from elastic_timer.debug_info_logging import add_collective, set_native_stacks
 
 # A stderr that nobody reads must not keep signals from COMMAND.
@@ -41,6 +42,10 @@ _BEFORE_KILL_END = 0.5
 # How long after a signal came the group's may still come, in seconds: timeout signals its child by
 # pid first. What was sent to us alone is forwarded so much later.
 _GROUP_FOLLOWS = 0.05
+# How long the end of a process may take, in seconds, before it is waited for no longer.
+_LONGEST_END = 1.0
+# Of the flags in proc(5)'s stat, as the kernel's sched.h has it.
+_PF_EXITING = 0x4
 # How long after the group's another one of its kind counts as the same, in seconds.
 _GROUP_REMEMBERED = 0.25
 
@@ -305,9 +310,15 @@ class _GroupWitness:
             # On a busy machine it takes the witness a while to die.
             if self.pid is not None and _is_pending(self.pid, number):
                 return True
-            if time.monotonic() - taken > _GROUP_FOLLOWS:
+            waited = time.monotonic() - taken
+            if waited > _GROUP_FOLLOWS and (waited > _LONGEST_END or not self._is_ending()):
                 return False
             time.sleep(0.002)
+
+    def _is_ending(self) -> bool:
+        """Whether the witness is about to have died of something."""
+        stat = None if self.pid is None else stat_of(self.pid)
+        return bool(stat and int(stat[6]) & _PF_EXITING)
 
     def close(self) -> None:
         """End the witness and wait for its end."""
