@@ -81,6 +81,9 @@ class Inquests:
     def __contains__(self, pid: int) -> bool:
         return pid in self._inquests
 
+    def __len__(self) -> int:
+        return len(self._inquests)
+
     def keep(self, expired: Mapping[int, Collection[str]]) -> None:
         """Forget those that are not about blocks in which workers are.
 

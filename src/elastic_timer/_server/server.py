@@ -435,9 +435,10 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._sent = []
         self._has_waited = False
         requests = self._contained(get_requests, self._pause_after_error)
-        # Asked once more: a process that wrote what was just read under the number of another one
-        # began after that one's end.
-        self._note_ready(self._loop.wait(0))
+        if requests or not self._has_waited:
+            # Asked once more: a process that wrote what was just read under the number of another
+            # one began after that one's end.
+            self._note_ready(self._loop.wait(0))
         self._drop_exited()
         self._register(requests)
 
@@ -475,6 +476,10 @@ class ProcessServer(abc.ABC, Generic[_R]):
 
         One is reaped as soon as the evidence on it and its peers is there, in this round or later.
         """
+        if not expired and not self._is_anybody_due():
+            # The rest would find nothing to do, in each round of an idle server.
+            self._contained(lambda: self._report({}), lambda: None)
+            return
         scopes = {pid: {timer.scope_id for timer in timers} for pid, timers in expired.items()}
         # A worker that has left the block meanwhile is not to die for another one unheard.
         self._retries = {
@@ -506,6 +511,10 @@ class ProcessServer(abc.ABC, Generic[_R]):
         killed = {pid for pid in due if self._workers.was_killed(pid)}
         if killed:
             self._contained(lambda: self.clear_timers(killed), lambda: self._workers.clear(killed))
+
+    def _is_anybody_due(self) -> bool:
+        """Whether something is kept of workers whose timers had expired."""
+        return bool(self._retries or self._inquests or self._trees.held())
 
     def _let_evidence_come(self) -> None:
         """Wait a moment for what is being found out, unless there is something else to do.
@@ -607,11 +616,11 @@ class ProcessServer(abc.ABC, Generic[_R]):
 
     def _next_work(self) -> float:
         """The same, where the round before has come to its end."""
-        searching = self._trees.is_searching
-        due = [self._blocks_due]
-        due += [retry.at for pid, retry in self._retries.items() if not searching(pid)]
-        due += [each.until for pid, each in self._signalled.items() if not searching(pid)]
-        due += [self._trees.next_due(), self._inquests.next_due()]
+        due = [self._blocks_due, self._trees.next_due(), self._inquests.next_due()]
+        if self._retries or self._signalled:
+            searching = self._trees.is_searching
+            due += [retry.at for pid, retry in self._retries.items() if not searching(pid)]
+            due += [each.until for pid, each in self._signalled.items() if not searching(pid)]
         deadline = self._workers.next_deadline()
         if deadline is not None:
             due.append(deadline)
