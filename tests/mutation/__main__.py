@@ -6,7 +6,8 @@ makes each of the changes of `mutants.py` in turn, runs the module's tests, and 
 that survive. Those in `equivalent.py` are known to change nothing that could be told; the exit
 status is 1 if another one survives, or if less than 97 % of all are killed. Each mutant is put into
 a fork of a process that has collected the tests, of which the quickest come first; all of them
-together take some minutes. `--part 2/4` asks for a quarter of each module's mutants.
+together take some minutes. `--part 2/4` asks for a quarter of each module's mutants. The original
+is tested in between, too: where that fails, the machine is to blame, and kills prove nothing.
 
 mutmut 3 can't be used: it wraps each function, and the frame that `expires` takes its scope from
 is then the wrapper's.
@@ -26,7 +27,8 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import CodeType, ModuleType
 from typing import Any, NamedTuple
@@ -49,6 +51,9 @@ seconds more: some loop for ever."""
 
 BYTES = 1 << 30
 """How much memory they may take: those that loop may collect things."""
+
+ORIGINAL, EVERY = -1, 20
+"""The number of the unchanged module, which is tested first, after so many mutants, and last."""
 
 LOWEST_SCORE = 0.97
 
@@ -146,7 +151,7 @@ class _InMemory(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 class _Asked(NamedTuple):
-    """What became of a mutant, or of the original, whose number is -1."""
+    """What became of a mutant, or of the `ORIGINAL`."""
 
     number: int
     survived: bool
@@ -159,7 +164,7 @@ class _ForkServer:
         target: What is changed.
         mutants: To what, each with its number.
         jobs: How many are tested at a time.
-        answers: Where an `_Asked` of each is written, as JSON; first that of the original.
+        answers: Where an `_Asked` of each is written, as JSON; first and last the original's.
     """
 
     def __init__(
@@ -197,7 +202,7 @@ class _ForkServer:
         with open(reading) as pipe:
             seconds = json.loads(pipe.read() or "{}")
         failed = os.waitpid(pid, 0)[1] != 0
-        self._answer(-1, not failed)
+        self._answer(ORIGINAL, not failed)
         if failed:
             return True
         session.items.sort(key=lambda item: seconds.get(item.nodeid, 0.0))
@@ -205,9 +210,10 @@ class _ForkServer:
         took = ended.children_user + ended.children_system
         took -= began.children_user + began.children_system
         most = int(TIMES * took + MORE)
+        trees = self._trees(source)
         while True:
-            for number, mutant in itertools.islice(self._mutants, self._jobs - len(self._running)):
-                self._running[self._start(session, mutant.tree, most)] = number
+            for number, tree in itertools.islice(trees, self._jobs - len(self._running)):
+                self._running[self._start(session, tree, most)] = number
             if not self._running:
                 break
             pid, status = os.wait()
@@ -216,6 +222,13 @@ class _ForkServer:
                     os.killpg(pid, signal.SIGKILL)  # What its tests may have left behind.
                 self._answer(self._running.pop(pid), status == 0)
         return True
+
+    def _trees(self, source: ast.Module) -> Iterator[tuple[int, ast.Module]]:
+        for count, (number, mutant) in enumerate(self._mutants, 1):
+            yield number, mutant.tree
+            if count % EVERY == 0:
+                yield ORIGINAL, source
+        yield ORIGINAL, source
 
     def _answer(self, number: int, survived: bool) -> None:
         os.write(self._answers, json.dumps([number, survived]).encode() + b"\n")
@@ -250,6 +263,7 @@ def replace(target: Target, tree: ast.Module) -> None:
     finder = _InMemory(name, path, compile(tree, str(path), "exec"))
     sys.meta_path.insert(0, finder)
     module.__spec__ = finder.find_spec(name)
+    _replaced[name] += 1
     names = target.names
     body = [root for root in tree.body if not names or getattr(root, "name", None) in names]
     future = [root for root in tree.body if isinstance(root, ast.ImportFrom)][:1]
@@ -272,6 +286,21 @@ def replace(target: Target, tree: ast.Module) -> None:
                 setattr(other, name, changed[name][1])
 
 
+_replaced: Counter[str] = Counter()
+_really_register_at_fork = getattr(os, "register_at_fork", dict)
+
+
+def _register_at_fork(**hooks: Callable[[], object]) -> None:
+    """As the original, by which it would be for good: hooks end with the module they are of."""
+    name = sys._getframe(1).f_globals["__name__"]
+    before = _replaced[name]
+
+    def until_replaced(hook: Callable[[], object]) -> Callable[[], object]:
+        return lambda: _replaced[name] == before and hook()
+
+    _really_register_at_fork(**{when: until_replaced(hook) for when, hook in hooks.items()})
+
+
 def answers(target: Target, part: slice, jobs: int) -> Iterator[_Asked]:
     """What becomes of the original, and if its tests pass, of each mutant."""
     reading, writing = os.pipe()
@@ -281,6 +310,7 @@ def answers(target: Target, part: slice, jobs: int) -> Iterator[_Asked]:
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
+        vars(os)["register_at_fork"] = _register_at_fork
         # The first failure is enough: no time goes into finding a simpler one.
         phases = (Phase.explicit, Phase.generate)
         settings.register_profile(
@@ -316,27 +346,39 @@ def main() -> int:
         started = time.monotonic()
         chosen = slice(part - 1, None, parts)
         asked = answers(target, chosen, options.jobs)
-        if next(asked, (-1, False)) != (-1, True):
+        if next(asked, None) != (ORIGINAL, True):
             print(f"{target.module}: the tests fail without any change")
             return 1
         equivalent = EQUIVALENT.get(target.module, {})
         alive = []
+        dead = originals = unsound = 0
         for number, survived in asked:
-            if survived:
+            if number == ORIGINAL:
+                originals += 1
+                unsound += not survived
+            elif not survived:
+                dead += 1
+            else:
                 line, change = changes[number]
                 alive.append(change)
                 if change not in equivalent:
                     unknown += 1
                     print(f"{target.module}:{line}: {change}", flush=True)
         count = len(changes[chosen])
-        killed += count - len(alive)
+        killed += dead
         total += count
         print(
-            f"{target.module}: {count - len(alive)} of {count} mutants killed, "
+            f"{target.module}: {dead} of {count} mutants killed, "
             f"{sum(change in equivalent for change in alive)} known to be equivalent, "
             f"in {time.monotonic() - started:.0f} s",
             flush=True,
         )
+        if unsound:
+            print(f"{target.module}: without a change they fail {unsound} of {originals} times")
+            return 1
+        if dead + len(alive) < count:
+            print(f"{target.module}: not all of them were tested")
+            return 1
         for change in set(equivalent).difference(alive) if parts == 1 else ():
             print(f"{target.module}: not a survivor any more: {change}")
     print(f"{killed} of {total} killed: {killed / total:.1%}; {unknown} survivors without a reason")
