@@ -12,42 +12,54 @@ from typing import Any
 class Interrupts:
     """Interrupts a call before the n-th instruction that the code of these files executes."""
 
-    def __init__(self, at: int, files: tuple[str, ...]) -> None:
-        self._left = at
+    def __init__(self, at: int, files: tuple[str, ...], handle: Callable[[], object]) -> None:
+        self.left = at
         self._files = files
+        self._handle = handle
 
     def __call__(self, frame: Any, event: str, argument: object) -> Any:
         if os.path.basename(frame.f_code.co_filename) not in self._files:
             return None
         frame.f_trace_opcodes = True
         if event == "opcode":
-            self._left -= 1
-            if self._left == 0:
-                raise KeyboardInterrupt
+            self.left -= 1
+            if self.left == 0:
+                self._handle()
         return self
 
 
-def interrupt(function: Callable[[], object], at: int, *files: str) -> bool:
+def _raise() -> None:
+    raise KeyboardInterrupt
+
+
+def interrupt(
+    function: Callable[[], object],
+    at: int,
+    *files: str,
+    handle: Callable[[], object] = _raise,
+) -> bool:
     """Call a function, and interrupt it as Ctrl-C may.
 
     Args:
         function: What to call.
         at: Before which instruction, counted from one.
         files: The names of the source files whose instructions count.
+        handle: What is called then, as the handler of a signal is.
 
     Returns:
         Whether it came so far.
     """
+    interrupts = Interrupts(at, files, handle)
     traced_before = sys.gettrace()
     # What is collected meanwhile runs code of the same files, and is not what is to be interrupted.
     gc.disable()
     sys._getframe().f_trace_opcodes = True  # Python 3.12 looks at it in settrace() alone.
-    sys.settrace(Interrupts(at, files))
+    sys.settrace(interrupts)
     try:
         function()
     except KeyboardInterrupt:
-        return True
+        pass
     finally:
         sys.settrace(traced_before)
         gc.enable()
-    return False
+    return interrupts.left <= 0

@@ -520,9 +520,9 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
                 set_innermost(hold.outer)
             # What was watched dies when this returns; from now on the block lasts as long as the
             # coroutine. Nothing may be called in between: a traceback would keep that.
-            self._hold = later = Hold(coroutine, on_death)
+            later = Hold(coroutine, on_death)
             later.full, later.client, later.scope = None, hold.client, hold.scope
-            hold.scope = None
+            self._hold, hold.scope = later, None
         return coroutine
 
     async def _leave_async(

@@ -34,7 +34,7 @@ from types import CodeType, ModuleType
 from typing import Any, NamedTuple
 
 import pytest
-from hypothesis import Phase, settings
+from hypothesis import HealthCheck, Phase, settings
 
 from tests.mutation.equivalent import EQUIVALENT
 from tests.mutation.mutants import Mutant, mutants_of
@@ -165,22 +165,32 @@ class _ForkServer:
         mutants: To what, each with its number.
         jobs: How many are tested at a time.
         answers: Where an `_Asked` of each is written, as JSON; first and last the original's.
+        complaints: Where it is told which tests fail for the original.
     """
 
     def __init__(
-        self, target: Target, mutants: Iterator[tuple[int, Mutant]], jobs: int, answers: int
+        self,
+        target: Target,
+        mutants: Iterator[tuple[int, Mutant]],
+        jobs: int,
+        answers: int,
+        complaints: int,
     ) -> None:
         self._target = target
         self._mutants = mutants
         self._jobs = jobs
         self._answers = answers
+        self._complaints = complaints
         self._running: dict[int, int] = {}
         self._seconds: dict[str, float] = {}
+        self._tests_original = True
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Note how long each test takes."""
+        """Note how long each test takes, and say which can't be relied on."""
         seconds = self._seconds.get(report.nodeid, 0.0)
         self._seconds[report.nodeid] = seconds + report.duration
+        if report.failed and self._tests_original:
+            os.write(self._complaints, f"{report.nodeid}: {report.longreprtext}\n".encode())
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         """Run them for the original, then for each mutant."""
@@ -213,6 +223,7 @@ class _ForkServer:
         trees = self._trees(source)
         while True:
             for number, tree in itertools.islice(trees, self._jobs - len(self._running)):
+                self._tests_original = number == ORIGINAL
                 self._running[self._start(session, tree, most)] = number
             if not self._running:
                 break
@@ -307,6 +318,7 @@ def answers(target: Target, part: slice, jobs: int) -> Iterator[_Asked]:
     pid = os.fork()
     if not pid:
         os.close(reading)
+        complaints = os.dup(2)
         with open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
@@ -314,12 +326,19 @@ def answers(target: Target, part: slice, jobs: int) -> Iterator[_Asked]:
         # The first failure is enough: no time goes into finding a simpler one.
         phases = (Phase.explicit, Phase.generate)
         settings.register_profile(
-            "mutation", phases=phases, max_examples=25, derandomize=True, database=None
+            "mutation",
+            phases=phases,
+            max_examples=25,
+            derandomize=True,
+            database=None,
+            # How long an example takes is up to the machine.
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow],
         )
         settings.load_profile("mutation")
         mutants = enumerate(mutants_of(file_of(target).read_text(), target.names))
         chosen = itertools.islice(mutants, part.start, None, part.step)
-        plugin = _ForkServer(target, chosen, jobs, writing)
+        plugin = _ForkServer(target, chosen, jobs, writing, complaints)
         os._exit(pytest.main([*OPTIONS, *target.tests], [plugin]))
     os.close(writing)
     with open(reading) as pipe:

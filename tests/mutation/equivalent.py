@@ -10,6 +10,8 @@ _TRUTH = "only whether it is true counts"
 _AS_LONG = "one is made from the other, so they are of one length"
 _LIMIT = "what is at the very limit, to a float's last digit, may be taken for either"
 _NO_TIME = "neither is near any time that is left"
+_DIFFERS = "it only has to differ from what others of the line, or of the function, have"
+_NEVER_ENTERED = "the block is made to have its time looked at, so its scope counts for nothing"
 _POSITIONAL = "it is filled by its place, and nobody reads it"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
@@ -127,7 +129,26 @@ EQUIVALENT: dict[str, dict[str, str]] = {
             "a step of the very limit may be taken for either"
         ),
     },
+    "api": {
+        "if not 0 <= self._after <= _LONGEST:  ->  if not 0 <= self._after < _LONGEST:": _LIMIT,
+        "set_innermost(hold.outer)  ->  pass": (
+            "whoever looks passes over blocks that were left; the next one is only entered later"
+        ),
+        "handle_of(self._hold).extend(expires(after, '')._after * _scale)  ->  "
+        "handle_of(self._hold).extend(expires(after)._after * _scale)": _NEVER_ENTERED,
+        "handle_of(self._hold).extend(expires(after, '')._after * _scale)  ->  "
+        "handle_of(self._hold).extend(expires(after, 'X')._after * _scale)": _NEVER_ENTERED,
+        "if monotonic() >= hold.quiet_until:  ->  if monotonic() > hold.quiet_until:": _LIMIT,
+        "its_place += f'@{count}'  ->  its_place += f'@X{count}'": _DIFFERS,
+        "wrapper.__elastic_timer__ = count + 1  ->  wrapper.__elastic_timer__ = count - 1": (
+            _DIFFERS
+        ),
+        "wrapper.__elastic_timer__ = count + 1  ->  wrapper.__elastic_timer__ = count + 2": (
+            _DIFFERS
+        ),
+    },
     "_worker.scopes": {
+        "found += f'@{caller.f_lasti}'  ->  found += f'@X{caller.f_lasti}'": _DIFFERS,
         "loop = getattr(asyncio, '_get_running_loop', lambda: None)()  ->  "
         "loop = getattr(asyncio, '_get_running_loop')()": (
             "it is missing only while another thread is importing asyncio"

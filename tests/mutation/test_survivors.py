@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import random
 import sys
 import threading
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -21,12 +24,15 @@ from elastic_timer._transport.wire import (
     decode,
     release_line,
 )
+from elastic_timer._worker import holds
 
 
 class Recorder(TimerClient):
     def __init__(self, failures: int = 0) -> None:
         self.scopes: list[str] = []
         self._failures = failures
+        self.release_failures = 0
+        self.before_release: Callable[[], object] = lambda: None
 
     def acquire(self, scope_id: str, expiration_time: float) -> None:
         if self._failures:
@@ -35,7 +41,10 @@ class Recorder(TimerClient):
         self.scopes.append(scope_id)
 
     def release(self, scope_id: str) -> None:
-        pass
+        self.before_release()
+        if self.release_failures:
+            self.release_failures -= 1
+            raise BrokenPipeError
 
 
 def test_heap_is_bounded_whatever_empties_the_table() -> None:
@@ -106,10 +115,11 @@ def test_lines_of_this_process() -> None:
         assert release_line(scope) == line(scope, -1, 0)
 
 
-def test_largest_number_is_a_time() -> None:
-    """The largest float there is is finite."""
-    line = f'{{"pid": 2, "scope_id": "", "expiration_time": {sys.float_info.max}, "signal": 9}}'
-    assert decode(line.encode()).expiration_time == sys.float_info.max
+@pytest.mark.parametrize("number", [sys.float_info.max, -sys.float_info.max])
+def test_largest_number_is_a_time(number: float) -> None:
+    """The largest float there is is finite, as a deadline and as a release."""
+    line = f'{{"pid": 2, "scope_id": "", "expiration_time": {number}, "signal": 9}}'
+    assert decode(line.encode()).expiration_time == number
 
 
 def test_shortest_request_counts() -> None:
@@ -131,6 +141,59 @@ def test_block_of_a_scope() -> None:
         assert block_of(f"train.py#86{ending}") == "train.py#86"
     for scope in ("", "a@b", "step@thread-", "@threads-12", "@Task-1", "mail@task-force"):
         assert block_of(scope) == scope
+
+
+def test_block_of_a_scope_that_expires_has_made() -> None:
+    """Of whichever thread, task or generator: it is told by its place alone, and counted by it."""
+    client = Recorder()
+
+    def generate() -> Iterator[None]:
+        with expires(after=5, client=client):
+            yield
+
+    async def in_a_task() -> None:
+        list(generate())
+
+    list(generate())
+    asyncio.run(in_a_task())
+    thread = threading.Thread(target=list, args=(generate(),))
+    thread.start()
+    thread.join()
+    assert len(set(client.scopes)) == 3
+    assert {block_of(scope) for scope in client.scopes} == {client.scopes[0].partition("@")[0]}
+
+
+def test_what_was_owed_and_sent_keeps_no_client() -> None:
+    """It is forgotten then: a client's queue or descriptor may go with the client."""
+    client = Recorder()
+    client.release_failures = 1
+    with pytest.raises(BrokenPipeError), expires(5, "s", client):
+        pass
+    with expires(5, "s", client):
+        pass
+    reference = weakref.ref(client)
+    del client
+    gc.collect()
+    assert reference() is None
+
+
+def test_block_entered_while_a_debt_is_being_paid() -> None:
+    """As by a signal handler: the debt may be paid twice, and both blocks are entered and left."""
+    client = Recorder()
+    client.release_failures = 1
+    with pytest.raises(BrokenPipeError), expires(5, "owed", client):
+        pass
+
+    def handle() -> None:
+        client.before_release = lambda: None
+        with expires(5, "inner", client):
+            pass
+
+    client.before_release = handle
+    with expires(5, "outer", client):
+        pass
+    assert client.scopes == ["owed", "inner", "outer"]
+    assert client not in [debt.client for debt in holds.owed]
 
 
 def test_failed_entry_can_be_tried_again() -> None:
