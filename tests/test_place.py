@@ -237,16 +237,14 @@ def test_wrapper_of_collectives() -> None:
 
 def test_named_method() -> None:
     """With its class or without; a name of C++ is none of a file."""
-    stack = [
-        thread("c10d::Store::wait (/usr/lib/libtorch.so:0)", "Loss.reduce (train.py:5)", *MAIN)
-    ]
-    names = ("reduce", "Loss.reduce", "train.py:Loss.reduce", "c10d::Store::wait")
+    stack = [thread("ring::Ring::wait (/usr/lib/libring.so:0)", "Loss.reduce (train.py:5)", *MAIN)]
+    names = ("reduce", "Loss.reduce", "train.py:Loss.reduce", "ring::Ring::wait")
     for file in ("/home/me/train.py", "train.py"):
         stack[0]["frames"][-2]["file"] = file
-        for name in names:
+        for name in (*names, "another"):
             place = place_of(stack, [name])
             assert place is not None
-            assert place.in_collective
+            assert place.in_collective == (name in names), (file, name)
 
 
 # Threads and backward passes ----------------------------------------------------------------------

@@ -246,6 +246,27 @@ def test_idle_work_does_not_grow_with_the_timers(table: TimerTable[Any, str]) ->
         assert CountedTime.comparisons < 20
 
 
+def test_release_of_a_scope_that_is_not_held(table: TimerTable[Any, str]) -> None:
+    """By a worker that holds others: it changes nothing."""
+    table.acquire(1, "a", "request", 5.0)
+    table.release(1, "b")
+    assert dict(table) == {(1, "a"): "request"}
+
+
+def test_most_urgent_timer(table: TimerTable[Any, str]) -> None:
+    """The one that is due first, with the time since when it is held, however often renewed."""
+    assert table.most_urgent(1) is None
+    table.acquire(1, "later", "request", 60.0, 1.0)
+    table.acquire(1, "first", "request", 20.0, 2.0)
+    table.acquire(2, "another's", "request", 3.0, 2.5)
+    table.acquire(1, "first", "request", 30.0, 3.0)
+    assert table.most_urgent(1) == ("first", 30.0, 2.0)
+    table.release(1, "first")
+    assert table.most_urgent(1) == ("later", 60.0, 1.0)
+    table.release(1, "later")
+    assert table.most_urgent(1) is None
+
+
 def test_spans_are_from_the_acquire_to_the_deadline(table: TimerTable[Any, str]) -> None:
     """Of those timers that a worker still holds when they are looked at."""
     for number, scope in enumerate("abc"):

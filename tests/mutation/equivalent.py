@@ -47,6 +47,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if after > block.after:  ->  if after >= block.after:": "it is set to what it is",
     },
     "_server.table": {
+        "def acquire(self, worker: _Worker, scope: str, request: _Request, deadline: float, "
+        "now: float=0.0) -> bool:  ->  "
+        "def acquire(self, worker: _Worker, scope: str, request: _Request, deadline: float, "
+        "now: float=1.0) -> bool:": "whoever asks since when a timer is held has said it",
         "for _, _, worker, scope in sorted(due, key=lambda entry: entry[:2]):  ->  "
         "for _, _, worker, scope in sorted(due, key=lambda entry: entry[:3]):": (
             "serials differ, so the third is never compared"
