@@ -6,6 +6,7 @@ import asyncio
 import datetime
 import functools
 import gc
+import logging
 import math
 import os
 import threading
@@ -509,6 +510,9 @@ def test_handle_used_while_its_block_is_being_left(table: Table) -> None:
             handle.extend(600)
         assert holds.handles == {}
         hold.full = AFTER
+    # In another thread it may have waited for the exit.
+    with pytest.raises(RuntimeError, match="within the block"):
+        handle.extend(600)
 
 
 @pytest.mark.parametrize("statement", ["with", "async with"])
@@ -627,14 +631,22 @@ def test_interrupted_anywhere() -> None:
     assert at > 200
 
 
-def test_pause_interrupted_anywhere() -> None:
+def pause_once(timer: expires) -> None:
+    with timer.paused():
+        pass
+
+
+def pause_twice(timer: expires) -> None:
+    """One within the other, by one object."""
+    pause = timer.paused()
+    with pause, pause:
+        pass
+
+
+@pytest.mark.parametrize("pause", [pause_once, pause_twice])
+def test_pause_interrupted_anywhere(pause: Callable[[expires], None]) -> None:
     """At whatever instruction an interrupt comes, the block has its deadline behind the pause."""
     table = Table()
-
-    def pause(timer: expires) -> None:
-        with timer.paused():
-            pass
-
     at = 1
     with expires(AFTER, "s", table) as timer:
         while interrupt(functools.partial(pause, timer), at, "handles.py"):
@@ -648,12 +660,29 @@ def test_end_of_a_pause_that_is_interrupted_again_and_again(
     table: Table, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Its resuming is tried again; where it fails in the end, the next tick tries again."""
+    caplog.set_level(logging.DEBUG)
     for errors in ([KeyboardInterrupt()] * 3, [KeyboardInterrupt(), OSError("away")]):
         with expires(AFTER, "s", table) as timer:
             with pytest.raises(KeyboardInterrupt), timer.paused():
                 table.errors = list(errors)
             timer.tick()
             assert table.left() == pytest.approx(AFTER, abs=1)
+    assert caplog.messages == ["Timer s could not be resumed: away"]
+
+
+def test_pause_whose_end_was_interrupted_is_kept_by_nobody(table: Table) -> None:
+    """Nor does it wait for the collection of garbage."""
+    gc.disable()
+    try:
+        with expires(AFTER, "s", table) as timer:
+            pause = timer.paused()
+            with pytest.raises(KeyboardInterrupt), pause:
+                table.errors = [KeyboardInterrupt()]
+            reference = weakref.ref(pause)
+            del pause
+            assert reference() is None
+    finally:
+        gc.enable()
 
 
 def test_end_of_a_pause_that_is_interrupted_for_good(table: Table) -> None:

@@ -12,6 +12,7 @@ _LIMIT = "what is at the very limit, to a float's last digit, may be taken for e
 _NO_TIME = "neither is near any time that is left"
 _DIFFERS = "it only has to differ from what others of the line, or of the function, have"
 _NEVER_ENTERED = "the block is made to have its time looked at, so its scope counts for nothing"
+_FORKS = "it is there wherever there are forks"
 _POSITIONAL = "it is filled by its place, and nobody reads it"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
@@ -69,9 +70,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         """return b'"expiration_time": %a'.join(line.rsplit(b'"expiration_time": 0', 2))""": _ONCE,
         "getattr(os, 'register_at_fork', dict)(before=_forget_pid, after_in_child=_forget_pid)"
         "  ->  "
-        "getattr(os, 'register_at_fork')(before=_forget_pid, after_in_child=_forget_pid)": (
-            "it is there wherever there are forks"
-        ),
+        "getattr(os, 'register_at_fork')(before=_forget_pid, after_in_child=_forget_pid)": _FORKS,
         "if start <= 0:  ->  if start < 0:": (
             "at 0 the same text is read again, and refused for the same reason"
         ),
@@ -150,6 +149,15 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "wrapper.__elastic_timer__ = count + 1  ->  wrapper.__elastic_timer__ = count + 2": (
             _DIFFERS
         ),
+    },
+    "_worker.handles": {
+        "NEVER = 1000000000000.0  ->  NEVER = 1000000000001.0": _NO_TIME,
+        "_TRIES = 10  ->  _TRIES = 11": "it only has to end",
+        "if hold.entered < _forked_at:  ->  if hold.entered <= _forked_at:": _LIMIT,
+        "if hold is None or hold.entered < _forked_at:  ->  "
+        "if hold is None or hold.entered <= _forked_at:": _LIMIT,
+        "getattr(os, 'register_at_fork', dict)(after_in_child=_forget_parent)  ->  "
+        "getattr(os, 'register_at_fork')(after_in_child=_forget_parent)": _FORKS,
     },
     "_worker.scopes": {
         "found += f'@{caller.f_lasti}'  ->  found += f'@X{caller.f_lasti}'": _DIFFERS,

@@ -90,7 +90,9 @@ def _does_nothing(node: ast.AST) -> bool:
             return True
         case ast.If(ast.Name("TYPE_CHECKING")):
             return True
-        case ast.Call(ast.Name("cast" | "TypeVar") | ast.Attribute(ast.Name("logger"))):
+        case ast.Call(ast.Name("cast" | "TypeVar")):
+            return True
+        case ast.Call(ast.Attribute(ast.Name("logger") | ast.Attribute(attr="logger"))):
             return True
     return False
 

@@ -40,7 +40,7 @@ class Handle:
         self.lock = threading.RLock()
         self._hold = hold
         self._pauses: list[Pause] = []
-        self._left = 0.0  # The seconds left when the first of them began.
+        self._left: float  # The seconds left when the first of them began.
 
     def extend(self, full: float) -> None:
         """Have the time be so many seconds from now on."""
