@@ -114,6 +114,12 @@ GET = (STDLIB + "queue.py", "Queue.get")
             (STDLIB + "multiprocessing/connection.py", "Listener.accept"),
             (STDLIB + "socket.py", "socket.accept"),
         ),
+        stack(
+            "watchdog",
+            *BOOTSTRAP,
+            ("/opt/site-packages/elastic_timer/_server/loop.py", "Loop._run"),
+            (STDLIB + "selectors.py", "EpollSelector.select"),
+        ),
         stack("reader", *BOOTSTRAP, (STDLIB + "multiprocessing/connection.py", "Connection._recv")),
     ],
     ids=lambda thread: thread["name"],

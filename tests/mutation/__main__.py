@@ -102,11 +102,27 @@ TARGETS = [
     ),
     Target("_command.hangs", [], ["tests/test_hangs.py"]),
     Target(
+        "_command.status_table",
+        [],
+        [
+            "tests/test_status_table.py",
+            "tests/test_status.py",
+            "-k",
+            "test_status_table or as_documented or durations or test_times or unknown_values "
+            "or eighty_columns or escape_sequences or colours_say",
+        ],
+    ),
+    Target(
         "_evidence.picture",
         [],
         ["tests/test_picture.py", "tests/test_place.py", "-k", "test_picture or frames_in_c"],
     ),
     Target("_evidence.place", [], ["tests/test_place.py", "tests/test_picture.py"]),
+    Target(
+        "_evidence.expiry",
+        [],
+        ["tests/test_expiry.py", "tests/test_idle_threads.py", "-k", "not are_one_line"],
+    ),
     Target("_server.table", [], ["tests/test_timer_table.py", SURVIVORS]),
     Target("_server.workers", ["EpochClock"], ["tests/test_epoch_clock.py"]),
     Target(

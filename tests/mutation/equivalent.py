@@ -105,6 +105,9 @@ EQUIVALENT: dict[str, dict[str, str]] = {
             "it is an even number"
         ),
     },
+    "_evidence.expiry": {
+        "return False  ->  return None": _TRUTH,
+    },
     "_evidence.place": {
         "return False  ->  return None": _TRUTH,
     },
