@@ -55,11 +55,14 @@ def interrupt(
     gc.disable()
     sys._getframe().f_trace_opcodes = True  # Python 3.12 looks at it in settrace() alone.
     sys.settrace(interrupts)
+    is_interrupted = False
     try:
         function()
     except KeyboardInterrupt:
-        pass
+        is_interrupted = True
     finally:
         sys.settrace(traced_before)
         gc.enable()
-    return interrupts.left <= 0
+    came_so_far = interrupts.left <= 0
+    assert is_interrupted == came_so_far or handle is not _raise, f"nobody was told: {at}"
+    return came_so_far

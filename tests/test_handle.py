@@ -670,6 +670,22 @@ def test_end_of_a_pause_that_is_interrupted_again_and_again(
     assert caplog.messages == ["Timer s could not be resumed: away"]
 
 
+def test_interrupt_at_the_end_of_a_pause_is_not_lost(table: Table) -> None:
+    """At whatever instruction, and though the end of a pause within it was interrupted, too."""
+    at, came_so_far = 1, True
+    with expires(AFTER, "s", table) as timer:
+        while came_so_far:
+            pause = timer.paused()
+            leave = [pause.__exit__]
+            pause.__enter__()
+            inner = pause.__exit__
+            pause.__enter__()
+            del inner  # As an interrupt has it that comes at the entry of the exit.
+            came_so_far = interrupt(lambda: leave.pop()(None, None, None), at, "handles.py")  # noqa: B023
+            at += 1
+    assert at > 20
+
+
 def test_pause_whose_end_was_interrupted_is_kept_by_nobody(table: Table) -> None:
     """Nor does it wait for the collection of garbage."""
     gc.disable()
