@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import math
 import multiprocessing
@@ -226,7 +227,8 @@ def test_server_is_looked_for_every_five_seconds(
             eventually(lambda: list(server._timers) == [(os.getpid(), "found")])
         eventually(lambda: not server._timers)
         assert server._request_count == 2
-    assert "reached again" in caplog.text
+    [record] = [record for record in caplog.records if "reached again" in record.message]
+    assert record.name.startswith("elastic_timer.")
 
 
 def test_block_entered_without_a_server_is_watched_from_its_next_tick_on(
@@ -443,6 +445,74 @@ def test_debts_are_paid_first_and_all(now: list[float]) -> None:
     assert client.sent[6:] == [("release", "c"), ("release", "unknown")]
 
 
+def test_debts_are_tried_again_soon(now: list[float]) -> None:
+    """However often in vain: a timer that is held too long would have a worker reaped."""
+    client = Flaky()
+    lookout = optional.Lookout(client)
+    lookout.acquire("owed", 1.0)
+    client.errors = [EOFError(), EOFError()]
+    lookout.release("owed")
+    for _ in range(2):
+        now[0] += 0.2
+        lookout.acquire("new", 1.0)
+    assert client.sent[1:] == [("release", "owed"), ("acquire", "new")]
+
+
+def test_nothing_is_released_twice(now: list[float]) -> None:
+    """Nor what was acquired anew: that would not be watched."""
+    client = Flaky()
+    lookout = optional.Lookout(client)
+    lookout.acquire("a", 1.0)
+    client.errors = [EOFError()]
+    lookout.release("a")
+    now[0] += 0.2
+    lookout.release("a")
+    lookout.acquire("a", 1.0)
+    client.errors = [EOFError()]
+    lookout.release("a")
+    now[0] += 0.2
+    lookout.acquire("a", 2.0)
+    lookout.release("a")
+    assert [kind for kind, _ in client.sent] == ["acquire", "release"] + ["acquire"] * 2 + [
+        "release"
+    ]
+
+
+def test_what_was_released_does_not_have_a_server_looked_for(now: list[float]) -> None:
+    """Nothing is held of it any more, whether it was released at once or later."""
+    client = Flaky()
+    lookout = optional.Lookout(client)
+    for scope in "ab":
+        lookout.acquire(scope, 1.0)
+    lookout.release("a")
+    client.errors = [EOFError()]
+    lookout.release("b")
+    now[0] += 0.2
+    client.errors = [None, EOFError()]
+    lookout.acquire("c", 1.0)  # The debt is paid; then the server is lost.
+    del client.sent[:]
+    for scope in "abc":
+        lookout.acquire(scope, 1.0)
+        lookout.release(scope)
+    assert client.sent == []
+
+
+def test_server_that_has_gone_is_owed_nothing(now: list[float]) -> None:
+    """What was owed before, too."""
+    client = Flaky()
+    lookout = optional.Lookout(client)
+    for scope in "ab":
+        lookout.acquire(scope, 1.0)
+    gone = BrokenPipeError()
+    gone.__cause__ = OSError(errno.ENXIO, "nobody reads")
+    client.errors = [EOFError(), gone]
+    lookout.release("a")
+    lookout.release("b")
+    now[0] += 6
+    lookout.acquire("c", 1.0)
+    assert client.sent[2:] == [("acquire", "c")]
+
+
 # The environment ----------------------------------------------------------------------------------
 
 
@@ -469,9 +539,10 @@ def test_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     def function() -> float:
         return elastic_timer.current().when() - time.time()
 
-    monkeypatch.setenv(SCALE, "3")
-    configure(Flaky())
-    assert function() == pytest.approx(30, abs=2)
+    for scale in (1, 3):
+        configure(Flaky())
+        assert function() == pytest.approx(10 * scale, abs=2)
+        monkeypatch.setenv(SCALE, "3")
     with expires(10) as timer:
         assert timer.when() - time.time() == pytest.approx(30, abs=2)
         timer.reschedule(20)

@@ -83,6 +83,13 @@ _BLOCKS = [
     "test_api or test_survivors or test_client_mends or test_handle or d01 or d13 or d18",
 ]
 
+_OPTIONAL = [
+    "tests/test_optional.py",
+    "-k",
+    "not slow_machine and not in_the_middle and not children_inherit and not costs_no_more "
+    "and not required_is_the_default",
+]
+
 TARGETS = [
     Target("_clock", [], ["tests/test_clock.py"]),
     Target("_server.blocks", [], ["tests/test_blocks.py", SURVIVORS]),
@@ -138,6 +145,8 @@ TARGETS = [
     Target("_worker.handles", [], ["tests/test_handle.py", "tests/test_handle_model.py"]),
     Target("_worker.holds", ["send_owed"], _BLOCKS),
     Target("_worker.scopes", [], _BLOCKS),
+    Target("_worker.optional", [], _OPTIONAL),
+    Target("_worker.environment", [], _OPTIONAL),
 ]
 
 

@@ -13,6 +13,7 @@ _NO_TIME = "neither is near any time that is left"
 _DIFFERS = "it only has to differ from what others of the line, or of the function, have"
 _NEVER_ENTERED = "the block is made to have its time looked at, so its scope counts for nothing"
 _FORKS = "it is there wherever there are forks"
+_BOOTED = "it is -inf, or later than now, and the system has been up for longer than a second"
 _POSITIONAL = "it is filled by its place, and nobody reads it"
 
 EQUIVALENT: dict[str, dict[str, str]] = {
@@ -161,6 +162,16 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if hold is None or hold.entered <= _forked_at:": _LIMIT,
         "getattr(os, 'register_at_fork', dict)(after_in_child=_forget_parent)  ->  "
         "getattr(os, 'register_at_fork')(after_in_child=_forget_parent)": _FORKS,
+    },
+    "_worker.optional": {
+        "_warnings_left = [True]  ->  _warnings_left = [False]": "only whether there is one counts",
+        "if not was_armed and monotonic() < self._look_at:  ->  "
+        "if not was_armed and monotonic() <= self._look_at:": _LIMIT,
+        "if scope_id not in self._armed and monotonic() < self._look_at:  ->  "
+        "if scope_id not in self._armed and monotonic() <= self._look_at:": _LIMIT,
+        "return False  ->  return None": _TRUTH,
+        "if self._look_at > 0:  ->  if self._look_at >= 0:": _BOOTED,
+        "if self._look_at > 0:  ->  if self._look_at > 1:": _BOOTED,
     },
     "_worker.scopes": {
         "found += f'@{caller.f_lasti}'  ->  found += f'@X{caller.f_lasti}'": _DIFFERS,
