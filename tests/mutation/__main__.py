@@ -210,6 +210,20 @@ class _ForkServer:
         self._seconds: dict[str, float] = {}
         self._tests_original = True
 
+    def pytest_collection(self) -> None:
+        """Have what is imported from now on, the tests, try few examples, the same each time."""
+        settings.register_profile(
+            "mutation",
+            # The first failure is enough: no time goes into finding a simpler one.
+            phases=(Phase.explicit, Phase.generate),
+            max_examples=25,
+            derandomize=True,
+            database=None,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow],
+        )
+        settings.load_profile("mutation")
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Note how long each test takes, and say which can't be relied on."""
         seconds = self._seconds.get(report.nodeid, 0.0)
@@ -348,19 +362,6 @@ def answers(target: Target, part: slice, jobs: int) -> Iterator[_Asked]:
             os.dup2(nowhere.fileno(), 1)
             os.dup2(nowhere.fileno(), 2)
         vars(os)["register_at_fork"] = _register_at_fork
-        # The first failure is enough: no time goes into finding a simpler one.
-        phases = (Phase.explicit, Phase.generate)
-        settings.register_profile(
-            "mutation",
-            phases=phases,
-            max_examples=25,
-            derandomize=True,
-            database=None,
-            # How long an example takes is up to the machine.
-            deadline=None,
-            suppress_health_check=[HealthCheck.too_slow],
-        )
-        settings.load_profile("mutation")
         mutants = enumerate(mutants_of(file_of(target).read_text(), target.names))
         chosen = itertools.islice(mutants, part.start, None, part.step)
         plugin = _ForkServer(target, chosen, jobs, writing, complaints)
