@@ -21,7 +21,8 @@ class Interrupts:
         if os.path.basename(frame.f_code.co_filename) not in self._files:
             return None
         frame.f_trace_opcodes = True
-        if event == "opcode":
+        # What is in no line closes a generator, for one, where nobody is told of an interrupt.
+        if event == "opcode" and frame.f_lineno is not None:
             self.left -= 1
             if self.left == 0:
                 self._handle()
