@@ -567,6 +567,31 @@ def test_interrupted_while_a_block_is_entered_or_left_by_a_call(
     assert table.deadlines == {}
 
 
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.parametrize("statement", ["with", "async with"])
+def test_interrupt_at_the_end_of_a_block_is_not_lost(table: Table, statement: str) -> None:
+    """It reaches the caller, at whatever instruction: what was held dies before what it watches.
+
+    Else it could come while a weak reference calls back, which tells nobody.
+    """
+
+    def leave(exits: list[Callable[..., Any]]) -> None:
+        left = exits.pop()(None, None, None)
+        if statement == "async with":
+            with suppress(StopIteration):
+                left.send(None)
+
+    at, came_so_far = 1, True
+    while came_so_far:
+        block = expires(AFTER, "s", table)
+        exits = [block.__exit__ if statement == "with" else block.__aexit__]
+        block.__enter__()
+        came_so_far = interrupt(functools.partial(leave, exits), at, "api.py", "holds.py")
+        assert table.deadlines == {}, at
+        at += 1
+    assert at > 20
+
+
 def test_exit_that_is_never_awaited(table: Table) -> None:
     """The block is left all the same."""
     block = expires(AFTER, "s", table)
@@ -613,20 +638,34 @@ def _handle(timer: expires) -> Any:
     return holds.handles[timer._hold]
 
 
-def test_interrupted_anywhere() -> None:
-    """At whatever instruction an interrupt comes, nothing is armed behind the block."""
-    table = Table()
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited:RuntimeWarning")
+@pytest.mark.parametrize("statement", ["with", "async with"])
+def test_interrupted_anywhere(table: Table, statement: str) -> None:
+    """At whatever instruction an interrupt comes, nothing is armed behind the block, or owed."""
+
+    def use(timer: expires) -> None:
+        timer.reschedule(600)
+        with timer.paused():
+            pass
 
     def block() -> None:
         with expires(AFTER, "s", table) as timer:
-            timer.reschedule(600)
-            with timer.paused():
-                pass
+            use(timer)
+
+    async def asynchronous() -> None:
+        async with expires(AFTER, "s", table) as timer:
+            use(timer)
+
+    def drive() -> None:
+        with suppress(StopIteration):
+            asynchronous().send(None)
 
     at = 1
-    while interrupt(block, at, "api.py", "handles.py"):
+    files = ("api.py", "handles.py", "holds.py")
+    while interrupt(block if statement == "with" else drive, at, *files):
         assert table.deadlines == {}, at
         assert holds.handles == {}, at
+        assert holds.owed == [], at
         at += 1
     assert at > 200
 

@@ -138,9 +138,6 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     },
     "api": {
         "if not 0 <= self._after <= _LONGEST:  ->  if not 0 <= self._after < _LONGEST:": _LIMIT,
-        "set_innermost(hold.outer)  ->  pass": (
-            "whoever looks passes over blocks that were left; the next one is only entered later"
-        ),
         "handle_of(self._hold).extend(expires(after, '')._after * _scale)  ->  "
         "handle_of(self._hold).extend(expires(after)._after * _scale)": _NEVER_ENTERED,
         "handle_of(self._hold).extend(expires(after, '')._after * _scale)  ->  "

@@ -64,6 +64,8 @@ class Hold(weakref.ref):  # type: ignore[type-arg]  # What it refers to is of no
     def settle(self) -> None:
         """Release the timer now, or owe that where it would take a wait."""
         self.full = None
+        # With a debugger, an interrupt may come when there is a hold and nothing that it is for.
+        self.scope = getattr(self, "scope", None)
         for _ in range(_SETTLING_TRIES):
             if self.scope is None:
                 break
