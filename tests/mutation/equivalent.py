@@ -10,6 +10,7 @@ _TRUTH = "only whether it is true counts"
 _AS_LONG = "one is made from the other, so they are of one length"
 _LIMIT = "what is at the very limit, to a float's last digit, may be taken for either"
 _NO_TIME = "neither is near any time that is left"
+_BOUND = "there only has to be a bound"
 _DIFFERS = "it only has to differ from what others of the line, or of the function, have"
 _NEVER_ENTERED = "the block is made to have its time looked at, so its scope counts for nothing"
 _FORKS = "it is there wherever there are forks"
@@ -153,7 +154,7 @@ EQUIVALENT: dict[str, dict[str, str]] = {
     },
     "_worker.handles": {
         "NEVER = 1000000000000.0  ->  NEVER = 1000000000001.0": _NO_TIME,
-        "_TRIES = 10  ->  _TRIES = 11": "it only has to end",
+        "_TRIES = 10  ->  _TRIES = 11": _BOUND,
         "if hold.entered < _forked_at:  ->  if hold.entered <= _forked_at:": _LIMIT,
         "if hold is None or hold.entered < _forked_at:  ->  "
         "if hold is None or hold.entered <= _forked_at:": _LIMIT,
@@ -171,7 +172,9 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if self._look_at > 0:  ->  if self._look_at > 1:": _BOOTED,
     },
     "_worker.scopes": {
-        "found += f'@{caller.f_lasti}'  ->  found += f'@X{caller.f_lasti}'": _DIFFERS,
+        "_MOST_PLACES = 1000  ->  _MOST_PLACES = 1001": _BOUND,
+        "if len(_places) >= _MOST_PLACES:  ->  if len(_places) > _MOST_PLACES:": _BOUND,
+        "found += f'@{offset}'  ->  found += f'@X{offset}'": _DIFFERS,
         "loop = getattr(asyncio, '_get_running_loop', lambda: None)()  ->  "
         "loop = getattr(asyncio, '_get_running_loop')()": (
             "it is missing only while another thread is importing asyncio"
