@@ -18,8 +18,8 @@ WITHOUT = f"{ELASTIC_TIMER.name}, file"
 WITH = f"{ELASTIC_TIMER.name}, Python stacks, file"
 
 _MAX_INTERVAL = 0.1
-_ROUNDS = 7
-_LEAD = 1.5
+_ROUNDS = 5
+_LEAD = 1.0
 # Of 500 processes the last is long in dying; torch looks at 64 for a third of a second.
 _MARGIN = 10.0
 
