@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import functools
 import importlib
+import json
 import multiprocessing
 import os
 import select
@@ -19,11 +20,12 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from tests.benchmarks import peers
-from tests.benchmarks.harness import Host, Results, Work, fork, hosted, progress
+from tests.benchmarks.harness import OURS, Host, Results, Work, fork, hosted, progress, serve
 from tests.benchmarks.peers import ELASTIC_TIMER, FAULTHANDLER, FLOOR, NVRX, UPSTREAM, Library
 
 LATENESS = Work("lateness of a reap", "ms", "max_interval, s")
 UNREAPED = Work("workers still there at the end", varied="max_interval, s")
+EVIDENCE = Work("of that, the evidence's own time", "ms")
 INTERVALS = (0.1, 10.0, 60.0)
 
 # Within which all deadlines lie. As long as the longest max_interval: a server that looks
@@ -38,6 +40,8 @@ _LONG = 3 * _WINDOW
 _START = struct.Struct("d")
 _REPORT = struct.Struct("id")
 _DUE = struct.Struct("di")
+_SAMPLES = 20
+_PAUSE = 0.2
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,32 @@ def measure(results: Results) -> None:
                 results.add(UNREAPED, entry.name, float(death is None), at)
                 if death is not None:
                     results.add(LATENESS, entry.name, (death - deadline) * 1000, at)
+
+    progress(f"{EVIDENCE.title}: {_SAMPLES} times")
+    with hosted(_evidence) as host:
+        for _ in range(_SAMPLES):
+            results.add(EVIDENCE, OURS, host.ask() * 1000)
+
+
+def _evidence(connection: Connection) -> None:
+    """Host: answers with how long it takes to find out and to log what a worker was doing."""
+    peers.silence()
+    logging = importlib.import_module("elastic_timer.debug_info_logging")
+    logging.set_stacks_timeout(0)
+    timers = [json.dumps({"scope_id": "stuck", "expiration_time": time.time()})]
+
+    def answer(_: object) -> float:
+        worker = fork(lambda: time.sleep(_LONG))
+        time.sleep(_PAUSE)  # As long after the one before as a server's next worker may come.
+        began = time.monotonic()
+        found = logging.log_debug_info_for_expired_timers("benchmark", {worker: timers})
+        took = time.monotonic() - began
+        assert worker in found
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
+        return took
+
+    serve(connection, answer)
 
 
 def watch(workers: set[int], end: float, what: str) -> dict[int, float]:
