@@ -742,14 +742,16 @@ def test_search_that_takes_too_long_is_given_up(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A tree that grows faster than it is found does not keep its worker alive; the log says so."""
+    """A tree that grows faster than it is found keeps no worker alive; a warning says so."""
     monkeypatch.setattr(_tree, "_LONGEST_SEARCH", 0)
     worker = job("start(); stay()")
     pids(worker, 2)
     with running(link.server(kill_tree=True)):
         link.put(worker.pid, "block", time.time() + 0.1)
         assert worker.wait() == -signal.SIGKILL
-        eventually(lambda: records(caplog, f"Of what worker {worker.pid} has started not all"))
+        eventually(
+            lambda: records(caplog, f"What worker {worker.pid} has started could not all be found")
+        )
 
 
 def test_tree_that_can_not_be_looked_for(

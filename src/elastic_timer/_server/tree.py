@@ -470,7 +470,11 @@ class _Worker:
         except OSError as error:
             _tell_of_no_search(self.name, error)
             return
-        logger.error("Of what worker %s has started not all was found: it grows faster", self.name)
+        logger.warning(
+            "What worker %s has started could not all be found in %.0f s: some may be left of it",
+            self.name,
+            _LONGEST_SEARCH,
+        )
 
     def kill_tree(self) -> dict[int, str]:
         """Kill all that is held of what the worker has started; their pids and starts."""
