@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from elastic_timer import (
     TimerClient,
     TimerRequest,
 )
+from elastic_timer._transport.queue_pipe import PipeWriter
 from tests.support import ForkedWorker, eventually, process_state
 
 Server = Any  # FileTimerServer or LocalTimerServer
@@ -81,11 +83,12 @@ class Link:
 
     def put(self, pid: int, scope: str, expiration_time: float) -> None:
         """Send a request in the name of any pid."""
-        client: Any = self.client
         if self.kind == "file":
+            client: Any = self.client
             client._send_request(FileTimerRequest(pid, scope, expiration_time, signal.SIGKILL))
         else:
-            client._send(TimerRequest(pid, scope, expiration_time))
+            writer = PipeWriter(self._queue, pickle.dumps)
+            writer.send(TimerRequest(pid, scope, expiration_time))
 
 
 class ServerProcess:

@@ -5,14 +5,23 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import struct
 import threading
 from collections.abc import Iterator
+from math import inf
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from elastic_timer import FileTimerClient, FileTimerRequest, TimerClient, expires
+from elastic_timer import (
+    FileTimerClient,
+    FileTimerRequest,
+    LocalTimerClient,
+    TimerClient,
+    TimerRequest,
+    expires,
+)
 
 
 @pytest.fixture
@@ -28,9 +37,8 @@ def requests(reader: int) -> list[dict[str, Any]]:
     return [json.loads(line) for line in os.read(reader, 1 << 16).splitlines()]
 
 
-def test_forked_child_sends_its_own_pid(reader: int, fifo_path: str) -> None:
-    """A child that enters a block its parent was in before is a worker of its own."""
-    client = FileTimerClient(fifo_path)
+def send_before_and_after_fork(client: TimerClient) -> int:
+    """Acquire and release in this process, then in a child, whose pid this is; release here."""
     client.acquire("s", 1.5)
     client.release("s")
     pid = os.fork()
@@ -40,6 +48,13 @@ def test_forked_child_sends_its_own_pid(reader: int, fifo_path: str) -> None:
         os._exit(0)
     os.waitpid(pid, 0)
     client.release("s")
+    return pid
+
+
+def test_forked_child_sends_its_own_pid(reader: int, fifo_path: str) -> None:
+    """A child that enters a block its parent was in before is a worker of its own."""
+    client = FileTimerClient(fifo_path)
+    pid = send_before_and_after_fork(client)
     assert [each["pid"] for each in requests(reader)] == [os.getpid()] * 2 + [pid] * 2 + [
         os.getpid()
     ]
@@ -154,3 +169,48 @@ def test_a10_owed_release_precedes_that_of_an_asynchronous_block() -> None:
 
     asyncio.run(main())
     assert client.sent[-3:] == [("release", "inner")] * 2 + [("release", "outer")]
+
+
+# Over a queue -----------------------------------------------------------------------------------
+
+
+class Epoch(float):
+    """As numpy's: a float of another class, which the server may not have."""
+
+
+class Name(str):
+    """A scope of another class, as an enum may be."""
+
+    __slots__ = ()
+
+
+def taken(mp_queue: Any, count: int) -> list[TimerRequest]:
+    return [mp_queue.get(timeout=20) for _ in range(count)]
+
+
+def test_queue_forked_child_sends_its_own_pid(mp_queue: Any) -> None:
+    """A child that enters a block its parent was in before is a worker of its own."""
+    client = LocalTimerClient(mp_queue)
+    pid = send_before_and_after_fork(client)
+    assert taken(mp_queue, 5) == [
+        TimerRequest(os.getpid(), "s", 1.5),
+        TimerRequest(os.getpid(), "s", -1),
+        TimerRequest(pid, "s", 1.5),
+        TimerRequest(pid, "s", -1),
+        TimerRequest(os.getpid(), "s", -1),
+    ]
+
+
+def test_queue_scopes_and_times(mp_queue: Any) -> None:
+    """Whatever they look like, and of whatever class, they arrive as equal plain values."""
+    client = LocalTimerClient(mp_queue)
+    numbers = struct.pack(">d", -inf) + struct.pack("<i", 2**31 - 1)
+    scopes = [Name("s"), "", "\udcff", "x" * 300, numbers.decode("latin-1"), repr(numbers)]
+    times = [1795150503.21, Epoch(2.5), 7, -1, 2**53, 1.7e308]
+    sent = [(scope, time) for scope in scopes for time in times]
+    for scope, time in sent:
+        client.acquire(scope, time)
+    arrived = taken(mp_queue, len(sent))
+    assert arrived == [TimerRequest(os.getpid(), scope, time) for scope, time in sent]
+    assert {type(request.expiration_time) for request in arrived} == {float}
+    assert {type(request.scope_id) for request in arrived} == {str}

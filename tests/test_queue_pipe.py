@@ -113,7 +113,7 @@ def test_full_pipe_that_could_block_only_delays(
 
 def test_c5_descriptor_of_the_queue_that_is_somebody_elses(mp_queue: Any) -> None:
     """Where the queue's own descriptor has to do, it is an error, and nothing is closed."""
-    writer = _queue_pipe.PipeWriter(mp_queue)
+    writer = _queue_pipe.PipeWriter(mp_queue, pickle.dumps)
     with open(os.devnull) as other:
         with pytest.raises(OSError, match="closed the descriptor of the timers' queue"):
             writer._check(other.fileno())

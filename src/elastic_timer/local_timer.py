@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import logging
 import os
 import pickle
 import queue as queues
 import signal as signals
+import struct
 from collections.abc import Callable
 from math import inf
 from typing import TYPE_CHECKING, Any, Protocol
@@ -50,6 +52,13 @@ _SENDER_PATIENCE = 1.0
 # How many requests are taken from such a queue in one round: putting could else outrun taking.
 _DRAIN_LIMIT = 10_000
 
+# How a pickle has a float and an integer of 32 bits. These two are found in no other place of a
+# pickle that fits in a pipe: they have bytes of 0xff, of which UTF-8 has none.
+_pack_time = struct.Struct(">d").pack
+_pack_worker = struct.Struct("<i").pack
+_SOME_TIME = -inf
+_SOME_WORKER = 2**31 - 1
+
 _RUN_ID = "local"  # The queue variant has no run id; the handlers of evidence are given this one.
 
 
@@ -76,7 +85,9 @@ class LocalTimerClient(TimerClient):
     def __init__(self, mp_queue: Queue[Any] | _HasPut) -> None:
         super().__init__()
         self._mp_queue = mp_queue
-        self._send = PipeWriter(mp_queue).send if has_writable_pipe(mp_queue) else mp_queue.put
+        self._send = (
+            PipeWriter(mp_queue, _pickled).send if has_writable_pipe(mp_queue) else mp_queue.put
+        )
 
     def acquire(self, scope_id: str, expiration_time: float) -> None:
         """Ask for a timer of this process; see `TimerClient.acquire`.
@@ -86,8 +97,9 @@ class LocalTimerClient(TimerClient):
             RuntimeError: The request does not fit in one atomic write; shorten the scope.
             ValueError: The expiration time is NaN or infinite, or the queue is closed.
         """
-        wire.check_timer(os.getpid(), scope_id, expiration_time)
-        self._send(TimerRequest(os.getpid(), scope_id, expiration_time))
+        pid = os.getpid()
+        wire.check_timer(pid, scope_id, expiration_time)
+        self._send(TimerRequest(pid, scope_id, expiration_time))
 
     def release(self, scope_id: str) -> None:
         """Release a timer of this process; see `TimerClient.release`.
@@ -102,6 +114,24 @@ class LocalTimerClient(TimerClient):
     def _at_once(self, method: Callable[..., object], *args: object) -> None:
         """Call a method of this client that does not wait for a full queue, but fails at once."""
         at_once(method, *args)
+
+
+def _pickled(request: TimerRequest) -> bytes:
+    """The pickle of a process's request, of plain values, several times as fast as by `dumps`."""
+    start, middle, end = _pickle_around(request.scope_id)
+    time, worker = _pack_time(request.expiration_time), _pack_worker(request.worker_id)
+    return start + time + middle + worker + end
+
+
+# A worker enters the same few blocks over and over. Its pid is not kept: a fork has another.
+@functools.lru_cache(maxsize=64)
+def _pickle_around(scope_id: str) -> tuple[bytes, bytes, bytes]:
+    """What is before the time, between it and the worker, and behind that in a scope's pickles."""
+    # Of plain text, as equal scopes of other classes are given the same.
+    pickled = pickle.dumps(TimerRequest(_SOME_WORKER, str.__str__(scope_id), _SOME_TIME))
+    start, _, rest = pickled.partition(_pack_time(_SOME_TIME))
+    middle, _, end = rest.partition(_pack_worker(_SOME_WORKER))
+    return start, middle, end
 
 
 class MultiprocessingRequestQueue(RequestQueue):

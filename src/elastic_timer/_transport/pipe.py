@@ -30,8 +30,13 @@ CAPACITY = 1 << 20
 UNREACHABLE_AFTER = 1.0
 
 
-# Per thread: whether a client may wait for its server.
-_mode = threading.local()
+class _Mode(threading.local):
+    """Per thread: whether a client may wait for its server."""
+
+    waits = True
+
+
+_mode = _Mode()
 
 
 def at_once(request: Callable[..., object], *args: object) -> None:
@@ -45,7 +50,7 @@ def at_once(request: Callable[..., object], *args: object) -> None:
 
 def may_wait() -> bool:
     """Whether a client may wait for its server now."""
-    return getattr(_mode, "waits", True)
+    return _mode.waits
 
 
 def enlarge(fd: int) -> None:

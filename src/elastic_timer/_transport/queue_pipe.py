@@ -12,11 +12,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import pickle
 import select
 import stat
 import struct
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from elastic_timer._clock import monotonic
@@ -90,18 +90,24 @@ def has_writable_pipe(queue: object) -> TypeGuard[WritablePipe]:
 
 
 class PipeWriter:
-    """Sends requests through a queue's pipe: each is in the pipe when `send` returns."""
+    """Sends requests through a queue's pipe: each is in the pipe when `send` returns.
 
-    def __init__(self, queue: WritablePipe) -> None:
+    Args:
+        queue: The queue.
+        dumps: Pickles a request.
+    """
+
+    def __init__(self, queue: WritablePipe, dumps: Callable[[Any], bytes]) -> None:
         self._queue = queue
+        self._dumps = dumps
         self._fd: int | None = None
         self._identity: tuple[int, int] | None = None
         # Here, while the descriptor's number can't have been given to another file yet.
         self._check(queue._writer.fileno())
 
-    def __reduce__(self) -> tuple[type[PipeWriter], tuple[WritablePipe]]:
+    def __reduce__(self) -> tuple[type[PipeWriter], tuple[object, ...]]:
         # The descriptor means something in this process only. The queue can be sent to others.
-        return PipeWriter, (self._queue,)
+        return PipeWriter, (self._queue, self._dumps)
 
     def send(self, request: object) -> None:
         """Send a request whole, or not at all.
@@ -113,7 +119,7 @@ class PipeWriter:
         """
         if self._queue._closed:
             raise ValueError(f"queue {self._queue!r} is closed")
-        pickled = pickle.dumps(request)
+        pickled = self._dumps(request)
         frame = _LENGTH.pack(len(pickled)) + pickled
         if len(frame) > PIPE_BUF:
             raise too_large(frame)
@@ -138,10 +144,12 @@ class PipeWriter:
             # Atomic up to PIPE_BUF (pipe(7)), so writers need no lock. A descriptor that may block
             # does so only if another writer takes the room that was seen a moment ago.
             if not may_block or has_room(fd, 0):
-                with contextlib.suppress(BlockingIOError):
+                try:
                     # In one call into C: no interrupt comes between the write and the note of it.
                     sent.extend(map(write, (fd,), (frame,)))
                     return
+                except BlockingIOError:
+                    pass
             if not has_room(fd, give_up_at - monotonic()):
                 raise _unread("the pipe of the queue")
 
