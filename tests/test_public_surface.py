@@ -5,15 +5,20 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FunctionType, ModuleType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 
 import elastic_timer
+from elastic_timer import FileTimerServer, debug_info_logging, file_based_local_timer
 from tests.support import Spawn
 
 PACKAGE = Path(elastic_timer.__file__).parent
@@ -82,13 +87,23 @@ def parameters(item: Documented) -> dict[str, inspect.Parameter]:
 
 @pytest.mark.parametrize("module", MODULES, ids=lambda module: module.__name__)
 def test_all_is_what_the_module_defines(module: ModuleType) -> None:
-    """A public module's `__all__` is sorted and names what it defines for others, and no more."""
+    """A public module's `__all__` is sorted and names what it defines for others, and no more.
+
+    What it loads from a private module when it is asked for counts as its own.
+    """
     tree = ast.parse(Path(str(module.__file__)).read_text())
     defined = [
         node.name
         for node in tree.body
         if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
         and not node.name.startswith("_")
+    ]
+    defined += [
+        name.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("elastic_timer._")
+        for name in node.names
+        if name.asname == name.name
     ]
     assert module.__all__ == sorted(defined)
 
@@ -180,6 +195,7 @@ def test_imports_without(spawn: Spawn, tmp_path: Path, capability: str) -> None:
                 delattr(globals()[module], name)
         if not hasattr(os, "mkfifo"):  # Every system that has the one has the other.
             sys.modules["fcntl"] = None
+            sys.modules["_json"] = None  # Not every Python has it.
         if not hasattr(os, "fork"):
             sys.platform, os.name, signal.CTRL_C_EVENT = "win32", "nt", 0
 
@@ -217,12 +233,46 @@ def test_imports_without(spawn: Spawn, tmp_path: Path, capability: str) -> None:
     ]
 
 
-def test_names_that_are_loaded_when_asked_for_are_listed() -> None:
+@pytest.mark.parametrize("module", [elastic_timer, file_based_local_timer])
+def test_names_that_are_loaded_when_asked_for_are_listed(
+    module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """`dir()` has all public names, so that a prompt completes them; a misspelt one is an error."""
-    assert set(elastic_timer.__all__) <= set(dir(elastic_timer))
-    assert dir(elastic_timer) == sorted(set(dir(elastic_timer)))
-    with pytest.raises(AttributeError, match="no attribute 'LocalTimerSever'"):
-        _ = elastic_timer.LocalTimerSever  # type: ignore[attr-defined]
+    monkeypatch.delitem(vars(module), "FileTimerServer", raising=False)  # As if not asked for yet.
+    assert set(module.__all__) <= set(dir(module))
+    assert dir(module) == sorted(set(dir(module)))
+    with pytest.raises(AttributeError, match="no attribute 'TimerSever'"):
+        _ = module.TimerSever
+
+
+def test_names_that_are_loaded_when_asked_for_are_replaced_and_restored() -> None:
+    """Whether they were loaded before or not, as any name of a module is that a test replaces."""
+    hook, server = debug_info_logging.log_debug_info_for_expired_timers, FileTimerServer
+    for module, name, original in (
+        (elastic_timer, "FileTimerServer", server),
+        (file_based_local_timer, "FileTimerServer", server),
+        (file_based_local_timer, "log_debug_info_for_expired_timers", hook),
+    ):
+        assert getattr(module, name) is original
+        with mock.patch.object(module, name, "another"):
+            assert getattr(module, name) == "another"
+        assert getattr(module, name) is original
+
+
+def test_import_is_light() -> None:
+    """A worker pays for at most 60 modules, and for nothing that only a server needs."""
+
+    def loaded(module: str) -> set[str]:
+        # -S: what else is installed may import anything at every start, by a .pth file.
+        source = f"import site, sys, {module}; print(*sys.modules)"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-S", "-c", source]
+        return set(subprocess.check_output(command, env=environment, text=True).split())
+
+    new = loaded("elastic_timer") - loaded("sys")
+    assert len(new) <= 60, sorted(new)
+    ours = {name for name in new if name.startswith("elastic_timer._server.")}
+    assert ours == {"elastic_timer._server.callbacks"}
 
 
 def test_library_configures_no_logging(spawn: Spawn) -> None:

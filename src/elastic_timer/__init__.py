@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from elastic_timer import file_based_local_timer
 from elastic_timer.api import (
     RequestQueue,
     TimerClient,
@@ -25,14 +26,11 @@ from elastic_timer.api import (
     current,
     expires,
 )
-from elastic_timer.file_based_local_timer import (
-    FileTimerClient,
-    FileTimerRequest,
-    FileTimerServer,
-)
+from elastic_timer.file_based_local_timer import FileTimerClient, FileTimerRequest
 
 if TYPE_CHECKING:
     from elastic_timer import local_timer as local_timer
+    from elastic_timer.file_based_local_timer import FileTimerServer
     from elastic_timer.local_timer import (
         LocalTimerClient,
         LocalTimerServer,
@@ -62,8 +60,10 @@ __version__ = "0.2.0"
 if not TYPE_CHECKING:
 
     def __getattr__(name: str) -> object:
-        # The queue variant comes when it is asked for: with pickle and the like it makes the
-        # import a third longer, and a worker of the file variant needs none of it.
+        # Servers and the queue variant come when they are asked for: they make the import twice as
+        # long, and a worker of the file variant needs none of it.
+        if name == "FileTimerServer":
+            return file_based_local_timer.FileTimerServer
         if name != "local_timer" and name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         from importlib import import_module

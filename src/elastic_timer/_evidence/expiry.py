@@ -36,7 +36,7 @@ _WORDS: dict[str, Callable[[Any], str]] = {
 _LIBRARY_FILE = re.compile(
     r"^<frozen |/lib(64)?/python3\.\d+t?/(?!(site|dist)-packages/)"
     r"|/torch/utils/data/_utils/pin_memory\.py$|/tqdm/_monitor\.py$"
-    r"|/elastic_timer/(_server/\w+|api|local_timer|file_based_local_timer)\.py$"
+    r"|/elastic_timer/(_server/\w+|_file_server|api|local_timer|file_based_local_timer)\.py$"
 )
 # Where such threads wait for something to do.
 _WAITING = re.compile(

@@ -7,22 +7,25 @@ torch's `file_based_local_timer`.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import signal as signals
 import sys
-from json.encoder import encode_basestring_ascii
 from math import isfinite
 from typing import TYPE_CHECKING, NamedTuple
 
 from elastic_timer._transport.pipe import PIPE_BUF
 
+try:
+    # Without the rest of json, which makes the import longer; a worker needs none of it.
+    from _json import encode_basestring_ascii
+except ImportError:  # It is CPython's.
+    from json.encoder import encode_basestring_ascii
+
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import TypeGuard
 
 _LARGEST_PID = 2**31 - 1  # pid_t is a signed 32-bit integer wherever Python runs.
-# What json.loads does, without the searches for white space around it: a third of the time.
-_read_json = json.JSONDecoder().raw_decode
 _LARGEST_SIGNAL = int(signals.NSIG) - 1
 
 # Within a JSON string the quotes would be escaped: this matches no part of somebody's scope.
@@ -117,10 +120,19 @@ def decode(line: bytes) -> Fields:
         return _decode_object(line[start:])
 
 
+@functools.cache
+def _json_reader() -> Callable[[str], tuple[object, int]]:
+    # Only a server needs it, and has loaded it with the evidence before the first request comes.
+    import json
+
+    # What json.loads does, without the searches for white space around it: a third of the time.
+    return json.JSONDecoder().raw_decode
+
+
 def _decode_object(text: bytes) -> Fields:
     stripped = text.decode().strip()
     try:
-        request, end = _read_json(stripped)
+        request, end = _json_reader()(stripped)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(request, dict) or end != len(stripped):
