@@ -988,7 +988,13 @@ def test_d17_cost_does_not_grow_with_the_length_of_the_function() -> None:
     recorder = ScopeRecorder()
     short = block_at_line(4, "short.py")
     long = block_at_line(3004, "long.py", "if not client: print(client, client)")
-    assert min(long(recorder) for _ in range(300)) < 4 * min(short(recorder) for _ in range(300))
+    traced_before = sys.gettrace()
+    sys.settrace(None)  # What measures the tests' coverage asks for the line's number, too.
+    try:
+        costs = [min(once(recorder) for _ in range(300)) for once in (short, long)]
+    finally:
+        sys.settrace(traced_before)
+    assert costs[1] < 4 * costs[0]
 
 
 def test_d01_default_scopes_of_more_places_than_are_remembered(
