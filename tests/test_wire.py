@@ -231,7 +231,7 @@ def test_lines_survive_any_split(parts: list[bytes], data: st.DataObject) -> Non
     while stream:
         size = data.draw(st.integers(1, len(stream)))
         chunk, stream = stream[:size], stream[size:]
-        found += buffer.feed(chunk)
+        found += filter(None, buffer.feed(chunk).split(b"\n"))
     assert found == [line for line in lines if line]
 
 
@@ -239,9 +239,9 @@ def test_rubbish_without_end_is_bounded() -> None:
     """Ten megabytes without a newline are not kept, and the request behind them still counts."""
     buffer = LineBuffer()
     for _ in range(160):
-        assert buffer.feed(b"x" * 65536) == []
+        assert buffer.feed(b"x" * 65536) == b""
         assert len(buffer._rest) <= PIPE_BUF
-    (line,) = buffer.feed(encoded(Fields(12, "s", 1.5, 9)) + b"\n")
+    line = buffer.feed(encoded(Fields(12, "s", 1.5, 9)) + b"\n")
     assert decode(line) == Fields(12, "s", 1.5, 9)
 
 

@@ -171,15 +171,15 @@ def _is_integer(value: object) -> TypeGuard[int]:
 
 
 class LineBuffer:
-    """Cuts what is read from the FIFO into lines, wherever the reads were split."""
+    """Puts the lines of the FIFO together, wherever the reads were split."""
 
     def __init__(self) -> None:
         self._rest = b""
 
-    def feed(self, data: bytes) -> list[bytes]:
-        """The lines that `data` ends, without their newlines; empty ones are left out."""
-        *lines, rest = (self._rest + data).split(b"\n")
+    def feed(self, data: bytes) -> bytes:
+        """The lines that `data` ends, with newlines between them."""
+        lines, _, rest = (self._rest + data).rpartition(b"\n")
         # No request is longer than PIPE_BUF. Of rubbish without an end that much is kept, so that
         # memory stays bounded and a request behind it can still be read.
         self._rest = rest[-PIPE_BUF:]
-        return list(filter(None, lines))
+        return lines
