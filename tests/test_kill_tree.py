@@ -658,7 +658,9 @@ def test_fork_of_the_server_while_it_searches(
             trees.forget_parent()
             channel.send((before - len(os.listdir("/proc/self/fd")), trees.has_work()))
 
-        assert fork_worker(child).receive() == (2, False)
+        forked = fork_worker(child)
+        assert forked.receive() == (2, False)
+        assert forked.wait() == 0
         assert states(found) == {"T"}
     assert states(found) <= {"R", "S"}
 
