@@ -8,7 +8,6 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -267,10 +266,5 @@ def test_a_process_in_two_lists_is_told_once(
 ) -> None:
     """As one is that changed its parent while the lists were read."""
     worker, loader = loading
-    read = facts._read
-
-    def in_both(pid: int, name: str, *most: Any) -> str:
-        return f"{loader} " if name.endswith("children") else read(pid, name, *most)
-
-    monkeypatch.setattr(facts, "_read", in_both)
+    monkeypatch.setattr(facts, "children_of", lambda pid: [loader])
     assert facts.descendants_of(worker.pid, {}, 32) == [loader]

@@ -14,11 +14,11 @@ from inspect import signature
 from typing import TypeVar
 
 from elastic_timer import __version__
+from elastic_timer._command import ENDED_BY_SIGNAL
 
 _Asked = TypeVar("_Asked")
 
 _STDERR = 2
-_ENDED_BY_SIGNAL = 128
 
 # As docs/reference/command.md has it: argparse knows nothing of COMMAND, nor of an order.
 _RUN_USAGE = """\
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return status
     except KeyboardInterrupt:
-        return _ENDED_BY_SIGNAL + signal.SIGINT
+        return ENDED_BY_SIGNAL + signal.SIGINT
     except BrokenPipeError:
         # Whoever read has seen enough. Python would complain of it once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence, Set
 
 from elastic_timer import FileTimerServer
-from elastic_timer._command import torchrun
+from elastic_timer._command import ENDED_BY_SIGNAL, torchrun
 from elastic_timer._command.before_kill import BeforeKill
 from elastic_timer._command.block_table import block_table
 from elastic_timer._command.event_file import EventFile
@@ -21,7 +21,7 @@ from elastic_timer._command.leftovers import Leftovers
 from elastic_timer._command.systemd import Notifier, remove_variables
 from elastic_timer._server.callbacks import PATIENCE, contained_logger, flush_log
 from elastic_timer._server.events import BlocksMeasured, Event, WatchdogRound
-from elastic_timer._server.process import stat_of
+from elastic_timer._server.process import stat_of, status_field
 from elastic_timer.debug_info_logging import add_collective, set_native_stacks
 
 # A stderr that nobody reads must not keep signals from COMMAND.
@@ -29,7 +29,6 @@ logger = contained_logger(__name__)
 
 NOT_EXECUTABLE = 126
 NOT_FOUND = 127
-ENDED_BY_SIGNAL = 128
 
 # What is handed on to COMMAND.
 _FORWARDED = ("SIGTERM", "SIGINT", "SIGHUP", "SIGQUIT", "SIGUSR1", "SIGUSR2")
@@ -255,12 +254,8 @@ def _next_signal(signals: set[int]) -> tuple[int, int | None]:
 
 def _is_pending(pid: int, number: int) -> bool:
     """Whether a process was sent a signal that it has not taken, as far as the system tells."""
-    try:
-        with open(f"/proc/{pid}/status") as status:
-            mask = status.read().partition("\nShdPnd:")[2].split(None, 1)[0]
-    except OSError:
-        return False
-    return bool(int(mask, 16) >> (number - 1) & 1)
+    mask = status_field(pid, "ShdPnd")
+    return mask is not None and bool(int(mask, 16) >> (number - 1) & 1)
 
 
 class _GroupWitness:

@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, TypedDict, cast
 
 from elastic_timer import _clock
-from elastic_timer._server.process import read_file, stat_of
+from elastic_timer._server.process import children_of, read_file, stat_of, status_field
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterator
@@ -85,16 +85,10 @@ def descendants_of(pid: int, but: Container[int], most: int) -> list[int]:
     """
     found = [pid]
     for parent in found:  # which grows meanwhile
-        threads: list[str] = []
-        with contextlib.suppress(OSError):
-            threads = os.listdir(f"/proc/{parent}/task")
-        for thread in threads:
-            # Cut at the last blank: the file may be longer than what is read of it.
-            listed = _read(parent, f"task/{thread}/children").rpartition(" ")[0].split()
-            for child in map(int, listed):
-                # One that changed its parent between two reads is in two lists.
-                if child not in but and child not in found:
-                    found.append(child)
+        for child in children_of(parent):
+            # One that changed its parent between two reads is in two lists.
+            if child not in but and child not in found:
+                found.append(child)
         if len(found) > most:
             break
     return found[1 : most + 1]
@@ -108,8 +102,7 @@ def parent_of(pid: int) -> int:
 
 def is_traced(pid: int) -> bool:
     """Whether somebody traces a process just now, as a debugger does, or a py-spy."""
-    tracer = _read(pid, "status").partition("\nTracerPid:")[2].split(None, 1)
-    return bool(tracer) and tracer[0] != "0"
+    return status_field(pid, "TracerPid") not in (None, "0")
 
 
 def processes_beside(pid: int, until: float) -> Iterator[int]:

@@ -214,10 +214,30 @@ def stat_of(pid: int | str) -> list[str] | None:
 
 def user_of(pid: int) -> int | None:
     """The user whose process it is, whatever rights it has; None where that can't be known."""
+    user = status_field(pid, "Uid")
+    return None if user is None else int(user)
+
+
+def status_field(pid: int, name: str) -> str | None:
+    """The first word of a field of /proc/PID/status (proc(5)); None where that can't be known."""
     try:
-        return int(read_file(f"/proc/{pid}/status").partition("\nUid:")[2].split(None, 1)[0])
+        return read_file(f"/proc/{pid}/status").partition(f"\n{name}:")[2].split(None, 1)[0]
     except (OSError, IndexError):
         return None
+
+
+def children_of(pid: int) -> list[int]:
+    """The children that the kernel lists (CONFIG_PROC_CHILDREN); of very many not all."""
+    threads: list[str] = []
+    with contextlib.suppress(OSError):
+        threads = os.listdir(f"/proc/{pid}/task")
+    found: list[int] = []
+    for thread in threads:
+        with contextlib.suppress(OSError):
+            listed = read_file(f"/proc/{pid}/task/{thread}/children")
+            # Cut at the last blank: the file may be longer than what is read of it.
+            found += map(int, listed.rpartition(" ")[0].split())
+    return found
 
 
 def name_of(pid: int) -> str:

@@ -26,8 +26,8 @@ from elastic_timer import _clock
 from elastic_timer._server.callbacks import contained_logger, run_contained
 from elastic_timer._server.process import (
     ProcessHandle,
+    children_of,
     name_of,
-    read_file,
     stat_of,
     state_of,
     user_of,
@@ -375,12 +375,7 @@ def _is(known: Known) -> bool:
 
 def _children_of(parent: Known) -> list[Known]:
     """The children that the kernel lists; of very many not all."""
-    found: list[Known | None] = []
-    with contextlib.suppress(OSError):
-        for thread in os.listdir(f"/proc/{parent.pid}/task"):
-            # Where the end is cut off, the last number is somebody else's.
-            listed = read_file(f"/proc/{parent.pid}/task/{thread}/children").split()
-            found += map(look_at, map(int, listed))
+    found = [look_at(pid) for pid in children_of(parent.pid)]
     # Asked last: it is its children that were listed.
     if not _is(parent):
         return []
