@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from elastic_timer import (
     FileTimerClient,
@@ -22,7 +26,7 @@ from elastic_timer import (
     TimerRequest,
 )
 from elastic_timer._transport.queue_pipe import PipeWriter
-from tests.support import ForkedWorker, eventually, process_state
+from tests.support import ForkedWorker, eventually, process_state, start_with_pid
 
 Server = Any  # FileTimerServer or LocalTimerServer
 
@@ -43,6 +47,22 @@ class LooksAway(FileTimerServer):
         """Have it go on."""
         self._is_told.clear()
         self._may_look.set()
+
+    @contextlib.contextmanager
+    def given_away(self, old: ForkedWorker) -> Iterator[subprocess.Popen[bytes]]:
+        """A process with the number of a worker, which has ended while the server looks away."""
+        self.look_away()
+        old.process.kill()
+        old.process.join()
+        new = start_with_pid(old.pid)
+        if new is None:
+            self.look()
+            pytest.skip("this system does not let a process choose a pid")
+        try:
+            yield new
+        finally:
+            new.kill()
+            new.wait()
 
     def _get_requests(self, fd: Any, max_interval: float) -> list[FileTimerRequest]:
         if self._is_told.is_set():

@@ -24,7 +24,6 @@ from tests.support import (
     is_alive,
     overrun,
     running,
-    start_with_pid,
     wait_dead,
     wait_to_be_killed,
 )
@@ -153,22 +152,12 @@ def test_number_that_was_given_away_meanwhile(
         server.subscribe(records.append, TimerExpired)
         link.put(old.pid, "block", time.time())
         assert asked.begun.wait(20)
-        server.look_away()
-        old.process.kill()
-        old.process.join()
-        new = start_with_pid(old.pid)
-        if new is None:
-            server.look()
-            pytest.skip("this system does not let a process choose a pid")
-        try:
+        with server.given_away(old) as new:
             link.put(new.pid, "block", time.time())
             server.look()
             eventually(lambda: server._timers.scopes(new.pid) == ["block"])
             asked.go_on.set()
             assert new.wait(20) == -signal.SIGKILL
-        finally:
-            new.kill()
-            new.wait()
         (record,) = eventually(lambda: records)
     assert record.evidence is not None
     assert str(record.evidence["command"]).startswith("sleep")

@@ -21,7 +21,6 @@ from tests.support import (
     is_alive,
     overrun,
     running,
-    start_with_pid,
     wait_dead,
     wait_to_be_killed,
 )
@@ -196,20 +195,10 @@ def test_a11_reused_pid_is_a_new_worker(
     with running(LooksAway(fifo_path)) as server:
         client._send_request(acquire(old.pid, "old", FAR))
         eventually(lambda: server._timers)
-        server.look_away()
-        old.process.kill()
-        old.process.join()
-        new = start_with_pid(old.pid)
-        if new is None:
-            server.look()
-            pytest.skip("this system does not let a process choose a pid")
-        try:
+        with server.given_away(old) as new:
             client._send_request(acquire(new.pid, "new", 0.5))
             server.look()
             assert new.wait(20) == -signal.SIGKILL
-        finally:
-            new.kill()
-            new.wait()
 
 
 def test_a11_timers_from_before_a_stop_are_not_a_new_workers(
