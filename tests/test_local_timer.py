@@ -11,11 +11,13 @@ import queue
 import select
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -238,7 +240,12 @@ class QueueWithoutSize(multiprocessing.queues.Queue):  # type: ignore[type-arg]
 
 @contextlib.contextmanager
 def manager_queue() -> Iterator[Any]:
-    with FORK.Manager() as manager:
+    # A busy machine has the manager killed that takes too long to end, and its folder stay behind.
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(tempfile, "tempdir", folder),
+        FORK.Manager() as manager,
+    ):
         yield manager.Queue()
 
 
