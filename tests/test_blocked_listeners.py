@@ -297,6 +297,8 @@ def test_b9_server_in_a_child_of_multiprocessing(
     )
     assert child.readline(60) == "0", child.stderr_text()
     assert not fifo.exists()
+    # Killed, it would leave the folder of its fork server behind.
+    assert child.wait(60) == 0
 
 
 def test_b9_server_that_was_never_started(spawn: Callable[..., Child], fifo_path: str) -> None:
