@@ -144,6 +144,33 @@ def test_s1_witness_that_is_long_in_dying(run: Callable[..., Child]) -> None:
     assert_seen_once(child, "SIGTERM")
 
 
+def test_s1_witness_whose_successor_is_long_in_starting(run: Callable[..., Child]) -> None:
+    """As on a busy machine: what `run` is sent meanwhile was sent with what the witness died of."""
+    start_slowly = """
+        import os, time
+        spawn, witnesses = os.posix_spawn, []
+
+        def slow_spawn(*arguments, **named):
+            witnesses.append(arguments)
+            if len(witnesses) == 2:
+                os.write(1, b"its successor\\n")
+                time.sleep(0.5)
+            return spawn(*arguments, **named)
+
+        os.posix_spawn = slow_spawn
+        """
+    child = run(source=textwrap.dedent(start_slowly) + textwrap.dedent(RUN))
+    [witness] = eventually(
+        lambda: [pid for pid in child_pids(child.pid) if _command_name(pid) == "cat"]
+    )
+    [command] = set(child_pids(child.pid)) - {witness}
+    os.kill(witness, signal.SIGTERM)  # Of the group it may be the first to be sent it.
+    assert child.readline() == "its successor"
+    os.kill(command, signal.SIGTERM)
+    os.kill(child.pid, signal.SIGTERM)
+    assert_seen_once(child, "SIGTERM")
+
+
 def test_s1_witness_that_is_not_there() -> None:
     """Where nothing is known of it, it was sent nothing."""
     assert not _is_pending(2**31 - 1, signal.SIGTERM)

@@ -292,8 +292,9 @@ class _GroupWitness:
         if ended:
             self.pid = None
             if os.WIFSIGNALED(status):  # Otherwise it can't be run here; nor can another.
-                self._seen[os.WTERMSIG(status)] = time.monotonic()
                 self._start()
+                # Not before: this takes long on a busy machine, and ours is taken after it.
+                self._seen[os.WTERMSIG(status)] = time.monotonic()
 
     def saw(self, number: int) -> bool:
         """Whether this signal, which has just been taken, went to the whole group."""
