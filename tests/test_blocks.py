@@ -212,7 +212,7 @@ def test_less_than_a_second(measured: Measured) -> None:
 
 def test_what_was_read_is_known_from_rounds(measured: Measured) -> None:
     """So a request is not taken for one that waited for long."""
-    measured.blocks.settle(NOW)
+    measured.blocks.note_all_read(NOW)
     measured.blocks.acquired(PID, RANK, "b", True, NOW + 57.3, NOW + 0.01)
     assert measured.one()["after"] == 57.3
 

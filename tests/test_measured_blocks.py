@@ -14,10 +14,12 @@ import pytest
 from elastic_timer import (
     FileTimerClient,
     FileTimerRequest,
+    FileTimerServer,
     TimerClient,
     expires,
     file_based_local_timer,
 )
+from elastic_timer._server import blocks as blocks_module
 from elastic_timer._server import server as server_module
 from elastic_timer._server.events import (
     BlocksMeasured,
@@ -96,7 +98,8 @@ def test_durations_are_the_workers_own(
 ) -> None:
     """Within 20 ms or 2 %, the first pass and the second; `after` is what was asked for.
 
-    A machine that is busy may let the server wait to run: of three measurements one has to agree.
+    Of the end of the last block no other block tells, only when its release is read. A machine that
+    is busy may let the server wait to run: of three measurements one has to agree.
     """
     differences: list[list[float]] = []
     for _ in range(3):
@@ -114,7 +117,7 @@ def test_durations_are_the_workers_own(
             assert (*counts, block["expired"], block["unfinished"]) == (2, 1, 1, 0, 0)
             assert (block["after"], block["pid"]) == (60, worker.pid)
         found = durations(blocks)
-        allowed = [max(0.02, 0.02 * own) for own in took]
+        allowed = [max(0.02, 0.02 * own) for own in took[:-1]] + [0.1]
         differences.append([abs(a - b) for a, b in zip(found, took, strict=True)])
         if all(map(float.__le__, differences[-1], allowed)):
             break
@@ -128,6 +131,8 @@ def test_a_server_that_is_busy_measures_all_the_same(
     """What is read half a second late took no longer for that, where the next block tells so."""
     server = file_link.server()
     monkeypatch.setattr(server_module, "_GATHER", 0.5)
+    # So late the machine may let it notice that something has arrived.
+    monkeypatch.setattr(blocks_module, "_NOTICED_AFTER", 0.2)
     measured = measured_by(server)
     with running(server):
         worker = fork_worker(take_time_and_stay, file_link.client)
@@ -138,6 +143,28 @@ def test_a_server_that_is_busy_measures_all_the_same(
         wait_until_gone(server, worker.pid)
     # Half of what it was late by: far more than the machine is busy, far less than unseen.
     assert durations(measured())[:-1] == pytest.approx(took[:-1], abs=0.25)
+
+
+def test_what_arrives_before_requests_are_registered(
+    fifo_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for the next round, and what was asked for is told all the same."""
+    client = FileTimerClient(fifo_path)
+
+    class BusyServer(FileTimerServer):
+        def register_timers(self, timer_requests: list[FileTimerRequest]) -> None:
+            if [request.scope_id for request in timer_requests] == ["first"]:
+                client.acquire("second", time.time() + 60)
+                time.sleep(0.05)
+            super().register_timers(timer_requests)
+
+    monkeypatch.setattr(server_module, "_GATHER", 0.3)
+    server = BusyServer(fifo_path, "run")
+    measured = measured_by(server)
+    with running(server):
+        client.acquire("first", time.time() + 60)
+        eventually(lambda: len(server._timers) == 2)
+    assert measured()["second"]["after"] == 60
 
 
 def tick_and_pause(channel: Any, client: TimerClient) -> None:

@@ -150,7 +150,7 @@ class AgainstADictionary(RuleBasedStateMachine):
                 counted.append(requests[-1])
                 self.serial += 1
                 self.model[worker, scope] = self.clock.now + after, self.serial, requests[-1]
-        assert self.timers.register(requests, is_running) == counted
+        assert self.timers.register(requests, is_running, self.clock.now) == counted
 
     @rule(worker=workers, scope=SCOPES, after=AFTERS, step=STEPS)
     def acquire(self, worker: int, scope: str, after: float, step: float) -> None:

@@ -215,7 +215,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
             if _clock.monotonic() >= self._next_fifo_check:
                 self._next_fifo_check = _clock.monotonic() + _FIFO_CHECK
                 self._keep_fifo()
-        return self._source.drain()
+        return self._drain()
 
     def _is_ending(self) -> bool:
         return self._run_once or super()._is_ending()
@@ -225,7 +225,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         if self._source.is_in_place():
             return
         # What was sent before, and can't be read any more from the new one.
-        self._register(self._source.drain())
+        self._register(self._drain())
         old = self._source.fileno()
         try:
             new = self._source.mend()

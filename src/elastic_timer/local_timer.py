@@ -355,7 +355,7 @@ class LocalTimerServer(ProcessServer[TimerRequest], TimerServer):
                 is_due = True
             if is_due:
                 break
-        return self._source.drain()
+        return self._drain()
 
     def clear_timers(self, worker_ids: set[int]) -> None:
         """Drop all timers of some workers.

@@ -204,7 +204,7 @@ class Blocks:
 
     def note_all_read(self, now: float) -> None:
         """Take note that all that was sent before `now` has been read."""
-        self._all_read_at = now
+        self._all_read_at = max(self._all_read_at, now)
 
     def acquired(
         self, pid: int, rank: int | None, scope: str, is_first: bool, deadline: float, now: float
@@ -273,7 +273,6 @@ class Blocks:
             worker.leaving.clear()
         self._unsettled.clear()
         self._forget_gone()
-        self.note_all_read(now)
 
     def expired(self, pid: int, scope: str) -> None:
         """A worker is in its block after the deadline, and loses its timer for that."""

@@ -275,6 +275,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._outbox: list[Event] = []
         self._told_first_until = 0.0
         self._last_read = 0.0
+        # What was sent before has been read, as soon as it is registered.
+        self._reading_since = 0.0
         self._is_heard = True
         # What overdue workers were sent in this round.
         self._sent: list[int] = []
@@ -370,7 +372,9 @@ class ProcessServer(abc.ABC, Generic[_R]):
         """
         if not timer_requests:
             return
-        counted = self._workers.register(timer_requests, self.is_process_running)
+        counted = self._workers.register(
+            timer_requests, self.is_process_running, self._reading_since
+        )
         if self._signalled:
             self._forgive(counted)
         if self._events.wants(TimerAcquired) or self._events.wants(TimerReleased):
@@ -654,10 +658,12 @@ class ProcessServer(abc.ABC, Generic[_R]):
             lambda: ProcessServer.register_timers(self, requests),
         )
 
+    def _drain(self, everything: bool = False) -> list[_R]:
+        self._reading_since = _clock.monotonic()
+        return self._source.drain(everything)
+
     def _take_last_minute(self) -> bool:
-        requests: list[_R] = self._contained(
-            lambda: self._source.drain(everything=True), lambda: []
-        )
+        requests: list[_R] = self._contained(lambda: self._drain(everything=True), lambda: [])
         if requests:
             self._register(requests)
         self._last_read = _clock.monotonic()

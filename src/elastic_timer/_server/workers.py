@@ -172,13 +172,14 @@ class Workers(Generic[_Request]):
         self.close()
 
     def register(
-        self, requests: Iterable[_Request], claims_to_run: Callable[[int], bool]
+        self, requests: Iterable[_Request], claims_to_run: Callable[[int], bool], read_since: float
     ) -> list[_Request]:
         """Acquire and release timers as asked; those of workers that are gone are dropped.
 
         Args:
             requests: In the order of their arrival.
             claims_to_run: The last word on whether a worker that seems to be gone is.
+            read_since: What was sent before this, in monotonic seconds, is among what was read.
 
         Returns:
             The requests that counted.
@@ -207,6 +208,8 @@ class Workers(Generic[_Request]):
                 counted.append(request)
             if blocks is not None:
                 blocks.settle(now)
+                # Not `now`: what was sent since is read in a later round.
+                blocks.note_all_read(read_since)
         return counted
 
     def clear(self, pids: Iterable[int]) -> None:
