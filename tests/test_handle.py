@@ -600,6 +600,35 @@ def test_handle_used_by_a_signal_handler_anywhere(table: Table, statement: str) 
     assert at > 100
 
 
+@pytest.mark.parametrize("statement", ["with", "async with"])
+def test_block_entered_by_a_signal_handler_anywhere(table: Table, statement: str) -> None:
+    """At whatever instruction another block is entered or left: each finds its own."""
+
+    def handle() -> None:
+        with expires(AFTER, "handler", table) as timer:
+            assert current() is timer
+
+    def block() -> None:
+        if statement == "with":
+            with expires(AFTER, "s", table) as timer:
+                assert current() is timer
+        else:
+            with suppress(StopIteration):
+                asynchronous().send(None)
+        assert current() is around
+
+    async def asynchronous() -> None:
+        async with expires(AFTER, "s", table) as timer:
+            assert current() is timer
+
+    with expires(AFTER, "around", table) as around:
+        at = 1
+        while interrupt(block, at, "api.py", "holds.py", handle=handle):
+            assert set(table.deadlines) == {"around"}, at
+            at += 1
+    assert at > 100
+
+
 @pytest.mark.parametrize("is_left", [False, True])
 def test_interrupted_while_a_block_is_entered_or_left_by_a_call(
     table: Table, is_left: bool

@@ -463,8 +463,6 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
             raise RuntimeError(
                 "this expires(...) is entered already; make one for each block that can be entered"
             )
-        hold.outer = None if get_innermost() is None else outer_hold()
-        set_innermost(hold)
         full = self._after * _scale
         # From here on the timer is released whatever interrupts, though it is not acquired yet.
         hold.client = client
@@ -477,6 +475,10 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
             hold.expiration_time = expiration_time = epoch() + full
             client.acquire(scope, expiration_time)
             hold.full = full
+            # Not before: the handler of a signal may enter a block meanwhile, and leave this one
+            # out, which has no deadline yet.
+            hold.outer = None if get_innermost() is None else outer_hold()
+            set_innermost(hold)
         except BrokenPipeError:  # The client's own word that nothing was sent.
             hold.scope = None
             raise
