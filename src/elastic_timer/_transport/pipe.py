@@ -105,17 +105,19 @@ def write(fd: int, message: bytes, sent: list[int] | None = None) -> None:
     if sigpipe_handler(SIGPIPE):
         note(map(os.write, (fd,), (message,)))
         return
-    # Held back in this thread, where it would arrive, and taken out of the way if it came.
-    was_blocked = SIGPIPE in signals.pthread_sigmask(signals.SIG_BLOCK, {SIGPIPE})
+    # Held back in this thread, where it would arrive, and taken out of the way if it came. By the
+    # functions in C: an interrupt within those around them would leave it held back.
+    was_blocked = SIGPIPE in _signal.pthread_sigmask(_signal.SIG_BLOCK, ())
     try:
+        _signal.pthread_sigmask(_signal.SIG_BLOCK, (SIGPIPE,))
         note(map(os.write, (fd,), (message,)))
     except BrokenPipeError:
         if not was_blocked:
-            signals.sigtimedwait({SIGPIPE}, 0)
+            _signal.sigtimedwait((SIGPIPE,), 0)
         raise
     finally:
         if not was_blocked:
-            signals.pthread_sigmask(signals.SIG_UNBLOCK, {SIGPIPE})
+            _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (SIGPIPE,))
 
 
 def too_large(message: bytes) -> RuntimeError:
