@@ -307,7 +307,8 @@ def configure(timer_client: TimerClient | _Unset | None = _UNSET, *, required: b
         required: Whether a block needs its timer. Where it is False, blocks run without a deadline
             while there is no variable, no client or no server that can be reached: that costs one
             warning in the log of each process, no error and no wait. The server is looked for
-            again every 5 s at most.
+            again every 5 s at most, and by blocks of which it may still hold a timer. Clients of
+            other libraries wait whenever it is looked for: torch's for a second.
 
     Raises:
         RuntimeError: Called without the argument, and the variable is not set.

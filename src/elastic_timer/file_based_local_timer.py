@@ -154,7 +154,8 @@ class FileTimerClient(TimerClient):
             timer and to leave the process alone.
         required: Whether a request needs the server. Where it is False, requests do nothing while
             the server can't be reached: that costs one warning in the log of each process, no error
-            and no wait. The server is looked for again every 5 s at most.
+            and no wait. The server is looked for again every 5 s at most, and by blocks of which
+            it may still hold a timer.
 
     Raises:
         TypeError: The signal is no number.
