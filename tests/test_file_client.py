@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+import pickle
 import select
 import threading
 import time
@@ -143,6 +146,17 @@ def test_client_refuses_a_signal_that_does_not_exist(fifo_path: str) -> None:
     """A mistake in the signal shows when the client is made, not when a worker overruns."""
     with pytest.raises(ValueError, match="1000"):
         FileTimerClient(fifo_path, 1000)
+
+
+@pytest.mark.parametrize("is_required", [True, False])
+def test_client_can_be_handed_to_a_spawned_process(
+    reader: int, fifo_path: str, is_required: bool
+) -> None:
+    """Its pickle is a client as it is, and its copy; on no Python is that said to end."""
+    client = FileTimerClient(fifo_path, required=is_required)
+    for its_copy in (pickle.loads(pickle.dumps(client)), copy.deepcopy(client)):
+        its_copy.release("s")
+        assert json.loads(os.read(reader, 1 << 16))["scope_id"] == "s"
 
 
 def test_one_client_serves_every_forked_child(

@@ -218,6 +218,17 @@ def test_requests_that_fail(table: Table, caplog: pytest.LogCaptureFixture) -> N
         assert table.left() == pytest.approx(AFTER, abs=1)
 
 
+def test_pause_behind_one_whose_end_failed(table: Table) -> None:
+    """The block still has no deadline; behind the second one it has what was left before both."""
+    with expires(AFTER, "s", table) as timer:
+        pass_time(timer, 20)
+        with pytest.raises(BrokenPipeError), timer.paused():
+            table.errors = [BrokenPipeError()]
+        with timer.paused():
+            assert table.deadlines["s"] == NEVER
+        assert table.left() == pytest.approx(AFTER - 20, abs=1)
+
+
 def _fail_in(table: Table) -> None:
     table.errors = [BrokenPipeError("4")]
     raise LookupError
@@ -499,6 +510,46 @@ def test_request_of_another_thread_comes_before_the_release(table: Table, is_asy
     assert table.deadlines == {}
 
 
+def test_handle_used_again_by_another_thread_while_its_block_is_left(
+    table: Table, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was on its way when the exit began lets nothing come behind the release."""
+    sending, leaving, released, tried = (threading.Event() for _ in range(4))
+
+    def wait() -> None:
+        sending.set()
+        leaving.wait(20)
+
+    def release(scope: str) -> None:
+        Table.release(table, scope)
+        released.set()
+        assert tried.wait(20)
+
+    def send_twice() -> None:
+        table.before_acquire = wait
+        timer.reschedule(600)
+        released.wait(20)
+        with suppress(RuntimeError):
+            timer.reschedule(600)
+        tried.set()
+
+    monkeypatch.setattr(table, "release", release)
+    thread = threading.Thread(target=send_twice)
+    with expires(AFTER, "s", table) as timer:
+        hold = timer._hold
+        assert hold is not None
+        thread.start()
+        assert sending.wait(20)
+        threading.Thread(target=_set_when_left, args=(hold, leaving)).start()
+    thread.join()
+    assert table.deadlines == {}
+
+
+def _set_when_left(hold: holds.Hold, leaving: threading.Event) -> None:
+    eventually(lambda: hold.full is None)
+    leaving.set()
+
+
 def test_handle_used_while_its_block_is_being_left(table: Table) -> None:
     """What a signal handler does in the middle of the exit is an error, and arms nothing."""
     with expires(AFTER, "s", table) as timer:
@@ -509,6 +560,9 @@ def test_handle_used_while_its_block_is_being_left(table: Table) -> None:
         with pytest.raises(RuntimeError, match="within the block"):
             handle.extend(600)
         assert holds.handles == {}
+        hold.full = AFTER
+        with timer.paused():
+            hold.full = None  # In another thread: the end of the pause is no error of this one.
         hold.full = AFTER
     # In another thread it may have waited for the exit.
     with pytest.raises(RuntimeError, match="within the block"):
@@ -543,6 +597,35 @@ def test_handle_used_by_a_signal_handler_anywhere(table: Table, statement: str) 
         assert table.deadlines == {}, at
         assert holds.handles == {}, at
         at += 1
+    assert at > 100
+
+
+@pytest.mark.parametrize("statement", ["with", "async with"])
+def test_block_entered_by_a_signal_handler_anywhere(table: Table, statement: str) -> None:
+    """At whatever instruction another block is entered or left: each finds its own."""
+
+    def handle() -> None:
+        with expires(AFTER, "handler", table) as timer:
+            assert current() is timer
+
+    def block() -> None:
+        if statement == "with":
+            with expires(AFTER, "s", table) as timer:
+                assert current() is timer
+        else:
+            with suppress(StopIteration):
+                asynchronous().send(None)
+        assert current() is around
+
+    async def asynchronous() -> None:
+        async with expires(AFTER, "s", table) as timer:
+            assert current() is timer
+
+    with expires(AFTER, "around", table) as around:
+        at = 1
+        while interrupt(block, at, "api.py", "holds.py", handle=handle):
+            assert set(table.deadlines) == {"around"}, at
+            at += 1
     assert at > 100
 
 

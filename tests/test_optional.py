@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import logging
 import math
 import multiprocessing
@@ -425,7 +426,7 @@ def test_interrupts_pass_through(now: list[float]) -> None:
 def test_debts_are_paid_first_and_all(now: list[float]) -> None:
     """What a server may hold is released before it is asked for more, and as long as it takes."""
     client = Flaky()
-    lookout = optional.Lookout(client)
+    lookout = optional.made_optional(client)
     for scope in "abc":
         lookout.acquire(scope, 1.0)
     client.errors = [EOFError(), EOFError()]
@@ -448,7 +449,7 @@ def test_debts_are_paid_first_and_all(now: list[float]) -> None:
 def test_debts_are_tried_again_soon(now: list[float]) -> None:
     """However often in vain: a timer that is held too long would have a worker reaped."""
     client = Flaky()
-    lookout = optional.Lookout(client)
+    lookout = optional.made_optional(client)
     lookout.acquire("owed", 1.0)
     client.errors = [EOFError(), EOFError()]
     lookout.release("owed")
@@ -461,7 +462,7 @@ def test_debts_are_tried_again_soon(now: list[float]) -> None:
 def test_nothing_is_released_twice(now: list[float]) -> None:
     """Nor what was acquired anew: that would not be watched."""
     client = Flaky()
-    lookout = optional.Lookout(client)
+    lookout = optional.made_optional(client)
     lookout.acquire("a", 1.0)
     client.errors = [EOFError()]
     lookout.release("a")
@@ -481,7 +482,7 @@ def test_nothing_is_released_twice(now: list[float]) -> None:
 def test_what_was_released_does_not_have_a_server_looked_for(now: list[float]) -> None:
     """Nothing is held of it any more, whether it was released at once or later."""
     client = Flaky()
-    lookout = optional.Lookout(client)
+    lookout = optional.made_optional(client)
     for scope in "ab":
         lookout.acquire(scope, 1.0)
     lookout.release("a")
@@ -500,7 +501,7 @@ def test_what_was_released_does_not_have_a_server_looked_for(now: list[float]) -
 def test_server_that_has_gone_is_owed_nothing(now: list[float]) -> None:
     """What was owed before, too."""
     client = Flaky()
-    lookout = optional.Lookout(client)
+    lookout = optional.made_optional(client)
     for scope in "ab":
         lookout.acquire(scope, 1.0)
     gone = BrokenPipeError()
@@ -511,6 +512,22 @@ def test_server_that_has_gone_is_owed_nothing(now: list[float]) -> None:
     now[0] += 6
     lookout.acquire("c", 1.0)
     assert client.sent[2:] == [("acquire", "c")]
+
+
+def test_subclass_is_called_once(reader: int, fifo_path: str) -> None:
+    """What it changes about a request is not changed twice."""
+
+    class Prefixing(FileTimerClient):
+        def acquire(self, scope_id: str, expiration_time: float) -> None:
+            super().acquire(f"job:{scope_id}", expiration_time)
+
+        def release(self, scope_id: str) -> None:
+            super().release(f"job:{scope_id}")
+
+    with expires(60, "s", Prefixing(fifo_path, required=False)):
+        pass
+    lines = os.read(reader, 1 << 16).splitlines()
+    assert [json.loads(line)["scope_id"] for line in lines] == ["job:s"] * 2
 
 
 # The environment ----------------------------------------------------------------------------------

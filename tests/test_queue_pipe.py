@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
+import signal
 import struct
 import threading
 import time
@@ -15,6 +17,7 @@ from elastic_timer import LocalTimerClient, MultiprocessingRequestQueue, TimerRe
 from elastic_timer._server.callbacks import flush_log
 from elastic_timer._transport import queue_pipe as _queue_pipe
 from elastic_timer._transport.pipe import has_room
+from tests.instructions import interrupt
 from tests.support import FAR, no_more_descriptors
 
 
@@ -109,6 +112,29 @@ def test_full_pipe_that_could_block_only_delays(
         finally:
             late.join()
     assert received[-1] == "late"
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, signal.SIG_DFL])
+def test_c4_interrupted_anywhere_places_are_as_many_as_requests(
+    mp_queue: Any, handler: signal.Handlers
+) -> None:
+    """Whichever instruction an interrupt comes before: a place is taken for what was sent alone."""
+    client, requests = LocalTimerClient(mp_queue), MultiprocessingRequestQueue(mp_queue)
+    client.release("opens what it writes to")
+    assert len(requests.drain()) == 1
+    handler_before = signal.signal(signal.SIGPIPE, handler)
+    sent: list[int] = []
+    try:
+        while interrupt(
+            functools.partial(client.release, "s"), len(sent) + 1, *("queue_pipe.py", "pipe.py")
+        ):
+            places = mp_queue.qsize()
+            sent.append(len(requests.drain()))
+            assert places == sent[-1], len(sent)
+    finally:
+        signal.signal(signal.SIGPIPE, handler_before)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGPIPE})
+    assert set(sent) == {0, 1}
 
 
 def test_c5_descriptor_of_the_queue_that_is_somebody_elses(mp_queue: Any) -> None:

@@ -307,7 +307,8 @@ def configure(timer_client: TimerClient | _Unset | None = _UNSET, *, required: b
         required: Whether a block needs its timer. Where it is False, blocks run without a deadline
             while there is no variable, no client or no server that can be reached: that costs one
             warning in the log of each process, no error and no wait. The server is looked for
-            again every 5 s at most.
+            again every 5 s at most, and by blocks of which it may still hold a timer. Clients of
+            other libraries wait whenever it is looked for: torch's for a second.
 
     Raises:
         RuntimeError: Called without the argument, and the variable is not set.
@@ -463,8 +464,6 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
             raise RuntimeError(
                 "this expires(...) is entered already; make one for each block that can be entered"
             )
-        hold.outer = None if get_innermost() is None else outer_hold()
-        set_innermost(hold)
         full = self._after * _scale
         # From here on the timer is released whatever interrupts, though it is not acquired yet.
         hold.client = client
@@ -477,6 +476,10 @@ class expires:  # Upstream's name: it reads as a verb in `with expires(after=60)
             hold.expiration_time = expiration_time = epoch() + full
             client.acquire(scope, expiration_time)
             hold.full = full
+            # Not before: the handler of a signal may enter a block meanwhile, and leave this one
+            # out, which has no deadline yet.
+            hold.outer = None if get_innermost() is None else outer_hold()
+            set_innermost(hold)
         except BrokenPipeError:  # The client's own word that nothing was sent.
             hold.scope = None
             raise

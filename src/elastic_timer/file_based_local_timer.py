@@ -11,7 +11,6 @@ import stat
 import sys
 import time
 from collections.abc import Callable
-from itertools import repeat
 from typing import TYPE_CHECKING, TypeVar
 
 from elastic_timer._clock import monotonic
@@ -155,7 +154,8 @@ class FileTimerClient(TimerClient):
             timer and to leave the process alone.
         required: Whether a request needs the server. Where it is False, requests do nothing while
             the server can't be reached: that costs one warning in the log of each process, no error
-            and no wait. The server is looked for again every 5 s at most.
+            and no wait. The server is looked for again every 5 s at most, and by blocks of which
+            it may still hold a timer.
 
     Raises:
         TypeError: The signal is no number.
@@ -180,8 +180,10 @@ class FileTimerClient(TimerClient):
         self._file_path = os.path.abspath(file_path)
         # Opens the FIFO anew at every step of a loop. An interrupt would come between a call of
         # os.open and the assignment of what it returns, and leak the descriptor; none comes between
-        # a step and the body of the loop.
-        self._opened = map(os.open, repeat(os.fsencode(self._file_path)), repeat(_OPEN_FLAGS))
+        # a step and the body of the loop. Not by itertools, which can't be pickled (Python 3.14).
+        self._opened = iter(
+            functools.partial(os.open, os.fsencode(self._file_path), _OPEN_FLAGS), None
+        )
         self._is_owner_known = False
         self.signal = signal
         self._lookout: Lookout | None = None
@@ -189,7 +191,11 @@ class FileTimerClient(TimerClient):
             # Here, as others need it not.
             from elastic_timer._worker.optional import Lookout
 
-            self._lookout = Lookout(self)
+            # As methods of this class: those of a subclass have been called by then.
+            self._lookout = Lookout(
+                functools.partial(FileTimerClient.acquire, self),
+                functools.partial(FileTimerClient.release, self),
+            )
 
     def __eq__(self, other: object) -> bool:
         """Whether both send to the same server: what one of them owes, the other may send."""

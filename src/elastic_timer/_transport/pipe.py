@@ -90,25 +90,34 @@ SIGPIPE = int(getattr(signals, "SIGPIPE", 0))
 sigpipe_handler: Callable[[int], object] = _signal.getsignal
 
 
-def write(fd: int, message: bytes) -> None:
+def write(fd: int, message: bytes, sent: list[int] | None = None) -> None:
     """Write a message; where nobody reads, that raises BrokenPipeError and ends no process.
 
     A program that restored the default of SIGPIPE, as many commands do, would die of the signal.
+
+    Args:
+        fd: Where to.
+        message: What.
+        sent: Is given an entry once the message is written, whatever interrupts behind that.
     """
+    # Written and noted in one call into C: no interrupt comes in between.
+    note = ([] if sent is None else sent).extend
     if sigpipe_handler(SIGPIPE):
-        os.write(fd, message)
+        note(map(os.write, (fd,), (message,)))
         return
-    # Held back in this thread, where it would arrive, and taken out of the way if it came.
-    was_blocked = SIGPIPE in signals.pthread_sigmask(signals.SIG_BLOCK, {SIGPIPE})
+    # Held back in this thread, where it would arrive, and taken out of the way if it came. By the
+    # functions in C: an interrupt within those around them would leave it held back.
+    was_blocked = SIGPIPE in _signal.pthread_sigmask(_signal.SIG_BLOCK, ())
     try:
-        os.write(fd, message)
+        _signal.pthread_sigmask(_signal.SIG_BLOCK, (SIGPIPE,))
+        note(map(os.write, (fd,), (message,)))
     except BrokenPipeError:
         if not was_blocked:
-            signals.sigtimedwait({SIGPIPE}, 0)
+            _signal.sigtimedwait((SIGPIPE,), 0)
         raise
     finally:
         if not was_blocked:
-            signals.pthread_sigmask(signals.SIG_UNBLOCK, {SIGPIPE})
+            _signal.pthread_sigmask(_signal.SIG_UNBLOCK, (SIGPIPE,))
 
 
 def too_large(message: bytes) -> RuntimeError:

@@ -125,28 +125,28 @@ class PipeWriter:
             raise too_large(frame)
         patience = UNREACHABLE_AFTER if may_wait() else 0.0
         give_up_at = monotonic() + patience
-        sent: list[None] = []
-        # Acquired before the request is sent, as `put` does, or the reader could release first. By
-        # the unpacking, since no interrupt comes between that and the `try`.
-        (is_free,) = map(self._queue._sem.acquire, (True,), (patience,))
+        is_free: list[bool] = []
+        sent: list[int] = []
         try:
-            if not is_free:
+            # Acquired before the request is sent, as `put` does, or the reader could release first.
+            # In one call into C: no interrupt comes between that and the note of it.
+            is_free.extend(map(self._queue._sem.acquire, (True,), (patience,)))
+            if not is_free[0]:
                 raise _unread("the queue")
             self._write(frame, give_up_at, sent)
         except BaseException:
-            if is_free and not sent:
+            if any(is_free) and not sent:
                 self._queue._sem.release()
             raise
 
-    def _write(self, frame: bytes, give_up_at: float, sent: list[None]) -> None:
+    def _write(self, frame: bytes, give_up_at: float, sent: list[int]) -> None:
         while True:
             fd, may_block = self._open()
             # Atomic up to PIPE_BUF (pipe(7)), so writers need no lock. A descriptor that may block
             # does so only if another writer takes the room that was seen a moment ago.
             if not may_block or has_room(fd, 0):
                 try:
-                    # In one call into C: no interrupt comes between the write and the note of it.
-                    sent.extend(map(write, (fd,), (frame,)))
+                    write(fd, frame, sent)
                     return
                 except BlockingIOError:
                     pass

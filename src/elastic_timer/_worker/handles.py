@@ -47,7 +47,8 @@ class Handle:
         with self.lock:
             self._check()
             if self._pauses:
-                self._hold.full = self._left = full
+                self._left = full
+                self._keep(full)
             else:
                 self._acquire(full, full)
 
@@ -55,7 +56,8 @@ class Handle:
         """Have no deadline until every pause is over."""
         with self.lock:
             full = self._check()
-            if not self._pauses:
+            # Where the end of one failed, what is left has been told before.
+            if not self._pauses and self._hold.expiration_time < inf:
                 self._left = self._hold.quiet_until + (1 - QUIET_PART) * full - monotonic()
             # Before the request: one that is interrupted may have been sent.
             self._pauses.append(pause)
@@ -70,7 +72,7 @@ class Handle:
     def resume(self, pause: Pause) -> None:
         """End a pause; with the last one, what was left of the time begins to run again."""
         with self.lock:
-            if pause not in self._pauses:
+            if pause not in self._pauses or self._hold.full is None:  # The block may be left first.
                 return
             full = self._check()
             if self._pauses == [pause]:
@@ -93,8 +95,14 @@ class Handle:
         deadline = monotonic() + left
         expiration_time = epoch() + left
         self._send(expiration_time)
-        hold.full, hold.expiration_time = full, expiration_time
+        self._keep(full)
+        hold.expiration_time = expiration_time
         hold.quiet_until = deadline - (1 - QUIET_PART) * full
+
+    def _keep(self, full: float) -> None:
+        # Who leaves the block meanwhile has said so here, and waits: nothing may be sent behind.
+        if self._hold.full is not None:
+            self._hold.full = full
 
     def _send(self, expiration_time: float) -> None:
         if holds.owed:

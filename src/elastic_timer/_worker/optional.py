@@ -46,7 +46,9 @@ def warn_once(why: str) -> None:
 
 def made_optional(client: TimerClient | None) -> TimerClient:
     """A client that raises nothing where the other one's server can't be reached."""
-    return cast("TimerClient", NoTimers() if client is None else Lookout(client))
+    return cast(
+        "TimerClient", NoTimers() if client is None else Lookout(client.acquire, client.release)
+    )
 
 
 class NoTimers:
@@ -63,10 +65,16 @@ class Lookout:
     """A client that asks another one, as long as the server of that can be reached.
 
     While it can't, what concerns no timer that the server may hold is not even tried.
+
+    Args:
+        acquire: How to ask the other one for a timer.
+        release: How to have it release one.
     """
 
-    def __init__(self, client: TimerClient) -> None:
-        self._client = client
+    def __init__(
+        self, acquire: Callable[[str, float], None], release: Callable[[str], None]
+    ) -> None:
+        self._acquire, self._release = acquire, release
         self._look_at = -inf  # Monotonic.
         # The scopes of which the server may hold a timer, and those of them to be released.
         self._armed: set[str] = set()
@@ -80,7 +88,7 @@ class Lookout:
         # Before it is sent: an interrupt may come behind that.
         self._armed.add(scope_id)
         self._owed.discard(scope_id)
-        if not (self._pay() and self._send(self._client.acquire, scope_id, expiration_time)):
+        if not (self._pay() and self._send(self._acquire, scope_id, expiration_time)):
             if was_armed:
                 # With the old deadline, which must not count any more.
                 self._owe(scope_id)
@@ -91,7 +99,7 @@ class Lookout:
         """Release a timer, or have that done when the server can be reached."""
         if scope_id not in self._armed and monotonic() < self._look_at:
             return
-        if self._send(self._client.release, scope_id):
+        if self._send(self._release, scope_id):
             self._armed.discard(scope_id)
             self._owed.discard(scope_id)
             self._pay()
@@ -106,7 +114,7 @@ class Lookout:
     def _pay(self) -> bool:
         """Release what is to be released; whether that is done."""
         for scope_id in tuple(self._owed):
-            if not self._send(self._client.release, scope_id):
+            if not self._send(self._release, scope_id):
                 self._owe(scope_id)
                 return False
             self._owed.discard(scope_id)
