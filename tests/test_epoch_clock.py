@@ -88,3 +88,26 @@ def test_pause_between_the_readings_makes_deadlines_later(
 
     monkeypatch.setattr(_clock, "monotonic", slow_monotonic)
     assert EpochClock().to_monotonic(1005.0) >= 15.0
+
+
+@pytest.mark.parametrize("wrong_by", [0.0, 0.4])
+@pytest.mark.parametrize("reading", range(3))
+def test_pause_between_the_readings_is_no_step(
+    clocks: Clocks, monkeypatch: pytest.MonkeyPatch, reading: int, wrong_by: float
+) -> None:
+    """Wherever a busy machine holds the server up, and though the wall clock is wrong by that."""
+    clock = EpochClock()
+    readings = iter(range(1000))
+
+    def read(name: str) -> float:
+        told = float(getattr(clocks, name))
+        if next(readings) == reading:
+            clocks.epoch += 0.6
+            clocks.monotonic += 0.6
+            # It is put together of two readings of its own.
+            told += wrong_by if name == "epoch" else 0.0
+        return told
+
+    monkeypatch.setattr(_clock, "epoch", lambda: read("epoch"))
+    monkeypatch.setattr(_clock, "monotonic", lambda: read("monotonic"))
+    assert clock.to_monotonic(1005.0) == pytest.approx(15.0, abs=1e-3)

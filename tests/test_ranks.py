@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from elastic_timer import FileTimerClient, FileTimerRequest, FileTimerServer
 from elastic_timer._server.job import ranks
 from elastic_timer._server.process import environment_of
 from elastic_timer.debug_info_logging import log_debug_info_for_expired_timers, set_stacks_timeout
 from tests.evidence_support import expired, logged
-from tests.support import eventually
+from tests.support import FAR, eventually
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs /proc")
 
@@ -87,8 +90,20 @@ def test_no_environment_of_a_process_that_is_gone() -> None:
         ({"RANK": "none", "SLURM_PROCID": "4", "LOCAL_RANK": ""}, (4, None)),
         ({"RANK": "-1"}, (None, None)),
         ({"LOCAL_RANK": "0"}, (None, 0)),
+        ({"RANK": "1" * 5000, "SLURM_PROCID": "4", "LOCAL_RANK": "1" * 10}, (4, None)),
     ],
 )
 def test_rank(environment: dict[str, str], expected: tuple[int | None, int | None]) -> None:
     """RANK, else Slurm's, else Open MPI's; what is no number counts as missing."""
     assert ranks(environment) == expected
+
+
+def test_whatever_the_ranks_are(
+    sleeping: Callable[[dict[str, str]], int], server: FileTimerServer, client: FileTimerClient
+) -> None:
+    """A worker is watched, and none of the requests is lost that come together with its own."""
+    set_stacks_timeout(0)
+    workers = [sleeping({name: "1" * 5000 for name in JOB}), sleeping({})]
+    for pid in workers:
+        client._send_request(FileTimerRequest(pid, "s", time.time() + FAR, signal.SIGKILL))
+    eventually(lambda: all(map(server._timers.holds, workers)))

@@ -224,8 +224,9 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         """Make the FIFO anew where it was removed; say so where that can't be done."""
         if self._source.is_in_place():
             return
-        # What was sent before, and can't be read any more from the new one.
-        self._register(self._drain())
+        # What was sent before, and can't be read any more from the new one. All of it: a release
+        # that was lost would have its worker reaped.
+        self._register(self._drain(everything=True))
         old = self._source.fileno()
         try:
             new = self._source.mend()
@@ -241,6 +242,7 @@ class FileTimerServer(ProcessServer[FileTimerRequest]):
         else:
             self._loop.unwatch(old)
             self._loop.watch(new, REQUESTS)
+            self._register(self._drain())
             _watchdog_logger.warning("The FIFO %s was removed; made it anew", self._file_path)
             self._is_cut_off = False
 

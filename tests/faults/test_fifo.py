@@ -8,12 +8,18 @@ import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from elastic_timer import TimerClient
+from elastic_timer._transport.pipe import CAPACITY
+from elastic_timer._transport.wire import acquire_line
 from tests.faults.support import use_up_descriptors
 from tests.servers import Link, Serve, ServerProcess
-from tests.support import FAR, Fork, assert_reaped_in_time, eventually, overrun
+from tests.support import FAR, Fork, assert_reaped_in_time, eventually, overrun, process_state
+
+MORE_THAN_A_ROUND = CAPACITY * 3 // 4
 
 
 def records(server: ServerProcess, level: str) -> list[str]:
@@ -131,3 +137,49 @@ def test_deleted_while_no_descriptor_is_left(
     worker = fork_worker(overrun, file_link.client, 1.5)
     assert_reaped_in_time(worker, worker.receive())
     server.stop()
+
+
+def leave(channel: Any, client: TimerClient, after: float) -> None:
+    """Enter a block, and leave it when told to; the body of a worker."""
+    client.acquire("s", time.time() + after)
+    channel.send("entered")
+    channel.recv()
+    client.release("s")
+    channel.send("left")
+    channel.recv()
+
+
+def waits_for_room(pid: int, path: str) -> bool:
+    """Whether a process sleeps with a FIFO open."""
+    opened = f"/proc/{pid}/fd"
+    return process_state(pid) == "S" and any(
+        os.path.realpath(f"{opened}/{name}") == path for name in os.listdir(opened)
+    )
+
+
+@pytest.mark.parametrize("is_full", [False, True])
+def test_all_that_was_written_before_the_deletion_counts(
+    server: ServerProcess, file_link: Link, fork_worker: Fork, is_full: bool
+) -> None:
+    """Be it more than a round reads, or did it wait for room: a release saves its worker."""
+    worker = fork_worker(leave, file_link.client, 3.0)
+    assert worker.receive() == "entered"
+    eventually(lambda: server.holds(worker.pid))
+    looks_again_at = server.ask("server._next_fifo_check")
+    server.pause()
+    with open(os.open(file_link.path, os.O_WRONLY | os.O_NONBLOCK), "wb", buffering=0) as pipe:
+        line = acquire_line("s", time.time() + FAR, 0)
+        written = 0
+        while (is_full or written < MORE_THAN_A_ROUND) and pipe.write(line):
+            written += len(line)
+    eventually(lambda: time.monotonic() > looks_again_at)
+    worker.send("leave")
+    if is_full:
+        eventually(lambda: waits_for_room(worker.pid, file_link.path))
+    else:
+        assert worker.receive() == "left"
+    os.unlink(file_link.path)
+    server.go_on()
+    eventually(lambda: not server.holds(worker.pid))
+    assert server.ask("server._progress.reaped") == 0
+    assert "made it anew" in eventually(lambda: records(server, "WARNING"))[0]

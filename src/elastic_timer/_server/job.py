@@ -44,10 +44,15 @@ class Standing(NamedTuple):
         return self.job is not None and self.rank is not None
 
 
+# No job has as many ranks. What has thousands of digits Python refuses to make a number of.
+_MOST_DIGITS = 9
+
+
 def number_in(environment: Mapping[str, str], *names: str) -> int | None:
     """The number that the first of these variables has which holds one."""
     values = (environment.get(name, "") for name in names)
-    return next((int(value) for value in values if value.isdecimal()), None)
+    numbers = (value for value in values if value.isdecimal() and len(value) <= _MOST_DIGITS)
+    return next(map(int, numbers), None)
 
 
 def ranks(environment: Mapping[str, str]) -> tuple[int | None, int | None]:

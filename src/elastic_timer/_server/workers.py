@@ -32,6 +32,8 @@ logger = contained_logger(__name__)
 # of the wall clock. What is below it is only the time between reading the one and the other.
 _CLOCK_STEP = 0.001
 
+# How often the two are read again because there was a pause in between.
+_READINGS = 5
 
 # Of how many blocks a worker's passes are counted: scopes may be made up without end.
 _MOST_BLOCKS = 1000
@@ -89,9 +91,14 @@ class EpochClock:
 
     @staticmethod
     def _measure() -> float:
-        # In this order: a pause between the two readings makes deadlines later, never earlier.
-        epoch = _clock.epoch()
-        return epoch - _clock.monotonic()
+        # A pause between the readings looks like a step: on a busy machine, or where the server was
+        # stopped for a moment, it would make a deadline wrong by as much.
+        for _ in range(_READINGS):
+            before, epoch, after = _clock.monotonic(), _clock.epoch(), _clock.monotonic()
+            if after - before < _CLOCK_STEP / 2:
+                break
+        # By the last reading: what is left of a pause makes deadlines later, never earlier.
+        return epoch - after
 
 
 class _Worker:

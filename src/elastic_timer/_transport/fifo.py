@@ -82,6 +82,8 @@ class FifoSource(Generic[_R]):
         # The folder, while it is locked.
         self._folder: list[int] = []
         self._lines = LineBuffer()
+        # What had arrived in a FIFO by the moment that it was closed for another one.
+        self._rest: list[_R] = []
         self._rubbish = RubbishLog(logger)
         try:
             with self._locked_folder(_FOLDER_PATIENCE):
@@ -104,8 +106,6 @@ class FifoSource(Generic[_R]):
                 server has begun to read it.
             PermissionError: Another user meddles with what lies there.
         """
-        # A line that was begun in an earlier FIFO will not be continued in this one.
-        self._lines = LineBuffer()
         before = len(self._ends)
         flags = os.O_NONBLOCK | os.O_NOFOLLOW
         try:
@@ -122,7 +122,12 @@ class FifoSource(Generic[_R]):
             close_descriptors(self._ends, [-1] * (len(self._ends) - before))
             self._remove()  # Or clients would find a FIFO that nobody reads.
             raise
+        if before:
+            # Who had the earlier one open may have written meanwhile.
+            self._rest = self.drain(everything=True)
         close_descriptors(self._ends, [0] * before)
+        # A line that was begun in an earlier FIFO will not be continued in this one.
+        self._lines = LineBuffer()
         enlarge(self.fileno())
         return self.fileno()
 
@@ -149,7 +154,7 @@ class FifoSource(Generic[_R]):
         if short:
             example = next(line for line in each if 0 < len(line) < SHORTEST_REQUEST)
             self._rubbish.add(example, "too short", short)
-        requests = []
+        requests, self._rest = self._rest, []
         for line in likely:
             try:
                 requests.append(self._make_request(*decode(line)))
