@@ -134,13 +134,23 @@ def _screen(options: StatusOptions) -> Iterator[bool]:
     def end(number: int, frame: object) -> None:
         sys.exit(128 + number)
 
+    def pause(number: int, frame: object) -> None:
+        # Not by the stream, in the midst of whose write this may be.
+        os.write(sys.stdout.fileno(), _LEAVE.encode())
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)  # Comes back when somebody has it go on.
+        signal.signal(number, pause)
+        os.write(sys.stdout.fileno(), _ENTER.encode())
+
     if is_screen:
         signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGTSTP, pause)
         sys.stdout.write(_ENTER)
     try:
         yield is_screen
     finally:
         if is_screen:
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
             sys.stdout.write(_LEAVE)
             sys.stdout.flush()
 
@@ -154,9 +164,8 @@ def _draw(lines: list[str]) -> None:
 
 
 def _print(lines: list[str]) -> None:
-    # What is no text in the terminal's encoding is no reason to show nothing.
     for line in lines:
-        print(line.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
+        print(line)
     sys.stdout.flush()
 
 
