@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import json
 import os
 import random
 import re
+import signal
 import subprocess
+import sys
+import textwrap
+import uuid
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -35,7 +40,8 @@ from tests.picture_support import (
     recorded,
     thread,
 )
-from tests.support import CLI, Spawn
+from tests.support import CLI, Child, Spawn
+from tests.test_report_blocks import event as blocks_event
 
 SCHEMA = json.loads((resources.files("elastic_timer") / "report.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -130,6 +136,61 @@ def test_several_hangs(report: Report, tmp_path: Path) -> None:
     assert "no suspect: all ranks are at the same place" in first
     assert second.startswith("hang 2 of 2: 2026-11-20 07:25:03 UTC, run nightly, world size 8")
     assert "8 ranks on 2 hosts" in second
+
+
+def test_texts_of_others(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They can't draw on the terminal, and what that has no letter for is shown by its number."""
+    evil = "é\x1b[2J\nfree\udcff"
+    took = blocks_event("node-0", NOW)
+    took["blocks"][0]["scope"] = evil
+    seen = picture([member(0, *WAITS, scope=evil, passes={evil: 7})], run_id=evil)
+    (tmp_path / "a").write_bytes(lines_of(event(seen), took))
+    text = report(tmp_path / "a")[1]
+    assert text.count("é [2J free") == 3
+    assert all(line.isprintable() for line in text.splitlines())
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert report(tmp_path / "a")[0] == 0
+    stream.seek(0)
+    assert stream.read() == text.replace("é", "\\xe9")
+
+
+RANKS = """
+    import os, sys, time, elastic_timer
+
+    def meet(): time.sleep(60)
+    def load(): time.sleep(60)
+
+    elastic_timer.configure()
+    with elastic_timer.expires(after=1, scope=sys.argv[1]):
+        print("there", flush=True)
+        globals()[sys.argv[1]]()
+"""
+
+
+def test_each_rank_with_a_server_of_its_own(
+    report: Report, run: Callable[..., Child], tmp_path: Path
+) -> None:
+    """As `srun` starts them: no server takes another rank's for that, and all are one hang."""
+    job = {"WORLD_SIZE": "3", "TORCHELASTIC_RUN_ID": str(uuid.uuid4())}
+    command = [sys.executable, "-c", textwrap.dedent(RANKS)]
+    tasks, files = [], []
+    for rank, place in enumerate(["meet", "load", "meet"]):
+        files.append(tmp_path / f"{rank}.jsonl")
+        options = ("--collective", "meet", "--events", str(files[-1]))
+        tasks.append(run(*options, "--", *command, place, env={**job, "SLURM_PROCID": str(rank)}))
+    for task in tasks:
+        assert task.readline() == "there"
+    for task in tasks:
+        assert task.wait() == 128 + signal.SIGKILL
+    for task in (tasks[0], tasks[2]):
+        assert "the only rank here waits in a collective; the suspect is another rank: elastic" in (
+            task.stderr_text()
+        )
+    text = report("--collective", "meet", *files)[1]
+    assert text.count("suspect") == 1
+    assert "\nelastic-timer: 3 ranks on 1 host, 2 groups of stacks\nsuspect: rank 1 (" in text
+    assert "), the only one that does not wait in a collective\n" in text
 
 
 def test_no_hang(report: Report, tmp_path: Path) -> None:
@@ -308,7 +369,9 @@ def test_whatever_a_line_is(path: tuple[Any, ...], value: Any) -> None:
         assert describe(who_hangs(hang.pictures))
 
 
-@pytest.mark.parametrize("changes", [{"time": float("inf")}, {"time": "now"}, {"host": None}])
+@pytest.mark.parametrize(
+    "changes", [{"time": float("inf")}, {"time": 1e20}, {"time": "now"}, {"host": None}]
+)
 def test_event_that_can_not_be_placed(changes: dict[str, Any]) -> None:
     """It has to be of some time and some host."""
     reader = EventReader()

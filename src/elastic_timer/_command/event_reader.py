@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import re
 import sys
 from collections.abc import Iterator
@@ -24,13 +23,16 @@ if TYPE_CHECKING:
 
 _PICTURE = "job hangs"
 _BLOCKS = "blocks"
-# How such an event begins behind its time. Of many of one run and host the last is wanted.
+# How such an event begins behind its time. Of many of one server the last is wanted.
 _BLOCKS_EVENT = re.compile(rb'\{"time": [^,]+, "event": "blocks", (.*?), "blocks": ')
 # Whatever else a file is, no more of it is in memory at once.
 _LONGEST_LINE = 64 << 20
 # How an event begins, and how many are looked for behind one that has no end.
 _BEGINNING = b'{"time"'
 _MOST_BEGINNINGS = 8
+
+# No clock is so wrong, and no date can be made of more, in seconds.
+_FAR = 1e12
 
 _T = TypeVar("_T")
 
@@ -64,13 +66,13 @@ class EventReader:
     Attributes:
         files: Those that were read.
         sightings: The pictures in them.
-        blocks: What the blocks of each host and run took, by the last that was told of it.
+        blocks: What the blocks of each server's workers took, by the last that was told of it.
     """
 
     def __init__(self) -> None:
         self.files: list[File] = []
         self.sightings: list[Sighting] = []
-        self.blocks: dict[tuple[str, str], Measured] = {}
+        self.blocks: dict[tuple[str, str, float], Measured] = {}
         # The ranks of a job are mostly at few places: their stacks are kept once.
         self._known: dict[tuple[tuple[str, int, str], ...], list[Frame]] = {}
 
@@ -118,7 +120,7 @@ class EventReader:
             self.sightings.append(Sighting(time, _a(str, event["host"]), picture))
         elif event["event"] == _BLOCKS:
             found = measured(event)
-            key = found["host"], found["run_id"]
+            key = found["host"], found["run_id"], found["since"]
             if key not in self.blocks or found["time"] >= self.blocks[key]["time"]:
                 self.blocks[key] = found
 
@@ -204,7 +206,7 @@ def _a(kind: type[_T], value: Any) -> _T:
 
 def _seconds(value: Any) -> float:
     seconds = float(value)
-    if not math.isfinite(seconds):
+    if not abs(seconds) < _FAR:
         raise ValueError(f"not a time: {seconds}")
     return seconds
 

@@ -12,6 +12,7 @@ from typing import TextIO
 from elastic_timer._command.block_table import block_table
 from elastic_timer._command.event_reader import EventReader, File
 from elastic_timer._command.hangs import Hang, hangs_of
+from elastic_timer._evidence.facts import one_line
 from elastic_timer._evidence.picture import (
     Answer,
     Seen,
@@ -98,7 +99,7 @@ def _title(hang: Hang) -> str:
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(hang.time))
     told = [when]
     if hang.job["run_id"] is not None:
-        told.append(f"run {hang.job['run_id']}")
+        told.append(f"run {one_line(hang.job['run_id'])}")
     if hang.job["world_size"] is not None:
         told.append(f"world size {hang.job['world_size']:,}")
     if hang.job["restart_count"] is not None:
