@@ -253,6 +253,20 @@ def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert "a report takes no COMMAND" in capsys.readouterr().err
 
 
+def test_events_are_not_written_over(
+    two_hosts: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who takes `--folded` for a flag loses no file; the stacks of an earlier report may go."""
+    before = [path.read_bytes() for path in two_hosts]
+    with pytest.raises(SystemExit) as exit_:
+        main(["report", "--folded", *map(str, two_hosts)])
+    assert exit_.value.code == 2
+    assert f"is not written over: '{two_hosts[0]}'" in capsys.readouterr().err
+    assert [path.read_bytes() for path in two_hosts] == before
+    for _ in range(2):
+        assert main(["report", "--folded", f"{two_hosts[0]}.folded", *map(str, two_hosts)]) == 0
+
+
 # Files --------------------------------------------------------------------------------------------
 
 

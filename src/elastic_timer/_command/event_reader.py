@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ _BLOCKS = "blocks"
 _BLOCKS_EVENT = re.compile(rb'\{"time": [^,]+, "event": "blocks", (.*?), "blocks": ')
 # Whatever else a file is, no more of it is in memory at once.
 _LONGEST_LINE = 64 << 20
+# What each event has.
+_EVENT = b'"event"'
 # How an event begins, and how many are looked for behind one that has no end.
 _BEGINNING = b'{"time"'
 _MOST_BEGINNINGS = 8
@@ -83,16 +86,16 @@ class EventReader:
         last: dict[bytes, bytes] = {}
         try:
             with open(path, "rb") as stream:
-                line, has_events = b"", False
+                line, has_any = b"", False
                 for line in _lines(stream):
-                    has_events = has_events or b'"event"' in line
+                    has_any = has_any or _EVENT in line
                     if _PICTURE.encode() in line:
                         file.broken += not self._take(line)
                     elif not line.endswith(b"\n"):
                         file.broken += 1
                     elif match := _BLOCKS_EVENT.match(line):
                         last[match[1]] = line
-                if line and not has_events:
+                if line and not has_any:
                     file.error = "there are no events in it"
         except OSError as error:
             file.error = error.strerror or str(error)
@@ -190,6 +193,14 @@ class EventReader:
                 for file, line, function in key
             ]
         return self._known[key]
+
+
+def has_events(path: str) -> bool:
+    """Whether a file begins with an event."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as stream:
+        return _EVENT in stream.read(4096)
 
 
 def _lines(stream: BinaryIO) -> Iterator[bytes]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import sys
 import time
@@ -10,7 +11,7 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TextIO
 
 from elastic_timer._command.block_table import block_table
-from elastic_timer._command.event_reader import EventReader, File
+from elastic_timer._command.event_reader import EventReader, File, has_events
 from elastic_timer._command.hangs import Hang, hangs_of
 from elastic_timer._evidence.facts import one_line
 from elastic_timer._evidence.picture import (
@@ -48,8 +49,11 @@ def report(
         The status to exit with: 1 where a file could not be read, else 0, with a hang or without.
 
     Raises:
+        FileExistsError: There are events in `folded`, as where its name was left out.
         OSError: `folded` can't be written to.
     """
+    if folded is not None and has_events(folded):
+        raise FileExistsError(errno.EEXIST, "this has events, and is not written over", folded)
     reader = EventReader()
     for path in paths:
         reader.read(path)
