@@ -155,6 +155,17 @@ def test_texts_of_others(report: Report, tmp_path: Path, monkeypatch: pytest.Mon
     assert stream.read() == text.replace("é", "\\xe9")
 
 
+def test_containers_of_one_host_name(report: Report, tmp_path: Path) -> None:
+    """Their ranks may have the same pids, as where a container has the host's network and name."""
+    for number in range(2):
+        seen = host(number)
+        for index, each in enumerate(seen["members"]):
+            each["host"], each["pid"] = "node", 7 + index
+        (tmp_path / f"{number}").write_bytes(lines_of(event(seen, NOW + number)))
+    text = report(tmp_path / "0", tmp_path / "1")[1]
+    assert "\nelastic-timer: 8 ranks on 1 host, 2 groups of stacks\nsuspect: rank 6 (node, " in text
+
+
 RANKS = """
     import os, sys, time, elastic_timer
 

@@ -180,14 +180,15 @@ def who_hangs(
 
 def look(pictures: Iterable[Picture], collectives: Collection[str] = ()) -> list[Seen]:
     """Each process of some pictures once, by rank: as the first picture has it with its stacks."""
-    members: dict[tuple[str, int], Member] = {}
+    # By the rank as well: containers of one host's name may have the same pids.
+    members: dict[tuple[int, str, int], Member] = {}
     # Of a block in which nobody was whom its server knows, it is not known how often a rank has
     # entered it. There may be several servers on a host.
-    blocks: dict[tuple[str, int], set[str]] = {}
+    blocks: dict[tuple[int, str, int], set[str]] = {}
     for picture in pictures:
         known: dict[str, set[str]] = {}
         for member in picture["members"]:
-            process = member["host"], member["pid"]
+            process = member["rank"], member["host"], member["pid"]
             first = members.setdefault(process, member)
             blocks.setdefault(process, known.setdefault(member["host"], set()))
             named = [*member["passes"], *filter(None, [member["scope"]])]
@@ -195,7 +196,7 @@ def look(pictures: Iterable[Picture], collectives: Collection[str] = ()) -> list
             if first["stacks"] is None and member["stacks"] is not None:
                 stacks = member["stacks"], member["descendants"]
                 members[process] = _with_stacks(first, *stacks)
-    found = sorted(members.items(), key=lambda item: (item[1]["rank"], item[0]))
+    found = sorted(members.items(), key=lambda item: item[0])
     places = [
         place_of(member["stacks"], collectives) if member["stacks"] else None for _, member in found
     ]
