@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import pty
@@ -247,6 +249,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert exit_.value.code == 0
     assert capsys.readouterr().out == f"elastic-timer {elastic_timer.__version__}\n"
+    # Into whatever takes the place of stdout.
+    with contextlib.redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit):
+        main(["--version"])
+    assert shown.getvalue() == f"elastic-timer {elastic_timer.__version__}\n"
 
 
 def test_module_is_the_command(spawn: Callable[..., Child]) -> None:
