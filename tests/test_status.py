@@ -541,6 +541,17 @@ def test_no_colours(
         assert "\x1b" not in terminal.shown
 
 
+def test_watch_on_a_terminal_that_can_not_draw(
+    server: FileTimerServer, fifo_path: str, spawn: Spawn
+) -> None:
+    """In a shell of an editor's the tables follow each other."""
+    arguments = ("--timer-file", fifo_path, "--watch", "0.05")
+    with contextlib.closing(Terminal(spawn, *arguments, env={"TERM": "dumb"})) as terminal:
+        terminal.wait_for("run mine", 3)
+        assert terminal.end(signal.SIGINT) == 0
+    assert "\x1b" not in terminal.shown
+
+
 def test_watch_of_more_than_fits(server: FileTimerServer, fifo_path: str, spawn: Spawn) -> None:
     """What does not fit on the screen is counted."""
     with open(fifo_path, "wb", buffering=0) as fifo:

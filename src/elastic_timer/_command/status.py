@@ -128,8 +128,8 @@ def _watch(options: StatusOptions, pause: float) -> int:
 
 @contextlib.contextmanager
 def _screen(options: StatusOptions) -> Iterator[bool]:
-    """Have a screen to draw on, where stdout is a terminal; whether it is."""
-    is_screen = not options.json and _is_terminal()
+    """Have a screen to draw on, where stdout is a terminal that can; whether it is."""
+    is_screen = not options.json and _is_terminal() and not _is_dumb()
 
     def end(number: int, frame: object) -> None:
         sys.exit(128 + number)
@@ -173,6 +173,11 @@ def _is_terminal() -> bool:
     return sys.stdout.isatty()
 
 
+def _is_dumb() -> bool:
+    """Whether the terminal takes nothing but text, as that of a shell in an editor."""
+    return os.environ.get("TERM") == "dumb"
+
+
 def _size() -> os.terminal_size:
     from shutil import get_terminal_size  # Not for what is no terminal: it takes every compression.
 
@@ -182,7 +187,7 @@ def _size() -> os.terminal_size:
 def _style() -> Style:
     if not _is_terminal():
         return Style()
-    is_coloured = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    is_coloured = not os.environ.get("NO_COLOR") and not _is_dumb()
     return Style(_size().columns, is_coloured)
 
 
