@@ -158,6 +158,13 @@ def test_short_names() -> None:
     assert sorted(line.split()[0] for line in lines[1:]) == sorted(shown)
 
 
+def test_scope_that_is_no_line() -> None:
+    """A scope can't clear the terminal, or pretend to be another line."""
+    lines = table(block("\x1b[2Jfree\nrow", 1.0))
+    assert len(lines) == 2
+    assert lines[1].startswith("[2Jfree row  ")
+
+
 def test_slowest_is_named() -> None:
     """By rank, else by pid, and by host where there are several; not where there is one worker."""
     once = durations(2.0, 2.0, pid=1)
@@ -235,10 +242,11 @@ def test_event_is_read() -> None:
     """Of what anybody may have written, what the table needs, as plain values."""
     later = {"left": 2, "longest": 3, "pid": 5, "rank": 7, "histogram": [[2000, 1], [-2000, 1]]}
     given = {"scope": "b", "entered": 3, "expired": 1, "unfinished": 9, "after": 60, "more": 1}
-    event = {"time": 1, "host": "a", "run_id": "r", "unmeasured": 7, "more": 1}
+    event = {"time": 1, "since": 0, "host": "a", "run_id": "r", "unmeasured": 7, "more": 1}
     found = measured({**event, "blocks": [{**given, **later, "first": NONE}]})
     assert found == {
         "time": 1.0,
+        "since": 0.0,
         "host": "a",
         "run_id": "r",
         "blocks": [
@@ -260,7 +268,7 @@ def test_event_is_read() -> None:
 @pytest.mark.parametrize("longest", [None, -0.001, 1e15, math.nan])
 def test_event_with_no_duration(longest: float | None) -> None:
     """Where there are some, the longest is one."""
-    event = {"time": 1, "host": "a", "run_id": "r", "unmeasured": 0}
+    event = {"time": 1, "since": 0, "host": "a", "run_id": "r", "unmeasured": 0}
     given = {"left": 1, "pid": 5, "rank": None, "histogram": [[0, 1]]}
     for value in (0.0, 9e14):
         measured({**event, "blocks": [block("b", value, {**given, "longest": value})]})

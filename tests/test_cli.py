@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import pty
@@ -143,6 +145,7 @@ def test_command_that_was_stopped_is_waited_for(run: Callable[..., Child]) -> No
     ("options", "complaint"),
     [
         ([], "what is to be run?"),
+        (["--", ""], "what is to be run?"),
         (["sh", "-c", "exit 0"], "unrecognized arguments: sh -c exit 0"),
         (["--unknown", "--", "true"], "unrecognized arguments: --unknown"),
         (["--max-interval", "0", "--", "true"], "0 is not a positive number"),
@@ -198,6 +201,40 @@ def test_platform_without_processes_to_spawn(
     assert "which this platform does not have" in capsys.readouterr().err
 
 
+# Runs the source that follows with the streams closed that its first argument says.
+CLOSING = """
+    import os, sys
+
+    closing = f'exec "$0" "$@" {sys.argv[1]}'
+    os.execl("/bin/sh", "sh", "-c", closing, sys.executable, "-c", *sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(
+    ("closed", "count"), [("<&-", 1), (">&-", 1), ("2>&-", 1), ("<&- >&- 2>&-", 3)]
+)
+def test_streams_that_are_closed(
+    spawn: Callable[..., Child], tmp_path: Path, closed: str, count: int
+) -> None:
+    """They are so for COMMAND, whose status comes back; the log is not written elsewhere."""
+    path = tmp_path / "events"
+    options = ("--summary", "--events", str(path))
+    look = """
+        for fd in 0 1 2; do [ -e /proc/$$/fd/$fd ] || closed=$((closed + 1)); done
+        exit $((70 + closed))
+        """
+    child = spawn(CLOSING, closed, CLI, "run", *options, "--", "sh", "-c", look)
+    assert child.wait() == 70 + count
+    assert [event["event"] for event in events_in(path)] == ["watchdog started", "watchdog stopped"]
+    child = spawn(CLOSING, closed, CLI, "report", str(path), str(tmp_path / "none"))
+    assert child.wait() == 1
+    # In particular no complaint is where the report would be.
+    assert child.process.stdout is not None
+    assert child.process.stdout.read() == (
+        "" if ">&-" in closed.split() else "elastic-timer: no hang in 1 file\n"
+    )
+
+
 @pytest.mark.parametrize("arguments", [[], ["demo", "--", "true"], ["fly"]])
 def test_wrong_action(arguments: list[str]) -> None:
     """No action, an unknown one, a COMMAND for the demo: status 2."""
@@ -212,6 +249,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert exit_.value.code == 0
     assert capsys.readouterr().out == f"elastic-timer {elastic_timer.__version__}\n"
+    # Into whatever takes the place of stdout.
+    with contextlib.redirect_stdout(io.StringIO()) as shown, pytest.raises(SystemExit):
+        main(["--version"])
+    assert shown.getvalue() == f"elastic-timer {elastic_timer.__version__}\n"
 
 
 def test_module_is_the_command(spawn: Callable[..., Child]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import pytest
 from elastic_timer import FileTimerRequest
 from elastic_timer._command.event_file import EventFile
 from elastic_timer._server import events as kinds
+from elastic_timer._server.callbacks import flush_log
 from tests.support import REPOSITORY, Child, fill_pipe
 
 SCHEMA = json.loads((resources.files("elastic_timer") / "events.schema.json").read_text())
@@ -154,7 +156,7 @@ ALL_KINDS: list[kinds.Event] = [
     kinds.WorkerSpared(1.5, 4711, 3, 1, TIMER, 15, 0.02, ["train.py#42"]),
     kinds.WorkerExited(1.5, 4711, 3, 1, ["train.py#42"]),
     kinds.JobHangs(1.5, PICTURE),
-    kinds.BlocksMeasured(1.5, [BLOCK], 1),
+    kinds.BlocksMeasured(1.5, 0.5, [BLOCK], 1),
 ]
 
 
@@ -275,3 +277,35 @@ def test_b1_full_pipe(run: Callable[..., Child], tmp_path: Path, name: str) -> N
     finally:
         os.close(writer)
         os.close(reader)
+
+
+def test_events_that_can_not_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A reader that has gone: one line in the log until there is another, not one for each."""
+    path = tmp_path / "events"
+    os.mkfifo(path)
+    readers = [os.open(path, os.O_RDONLY | os.O_NONBLOCK)]
+    file = EventFile(str(path), "run")
+    try:
+        for times in (1, 2):
+            os.close(readers.pop())
+            for _ in range(3):
+                file.append(kinds.ServerStarted(1.5))
+            flush_log(20)
+            told = f"Events are lost, as {path} takes none: {os.strerror(errno.EPIPE)}"
+            assert [record.getMessage() for record in caplog.records] == [told] * times
+            readers.append(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+            file.append(kinds.ServerStopped(2.5))
+            [line] = os.read(readers[0], 65536).splitlines()
+            assert json.loads(line)["event"] == "watchdog stopped"
+    finally:
+        os.close(file._fd)
+        for reader in readers:
+            os.close(reader)
+
+
+def test_disk_that_is_full(run: Callable[..., Child]) -> None:
+    """COMMAND runs all the same, and the log has one line on it."""
+    child = run("--events", "/dev/full", "--", "true")
+    assert child.wait() == 0
+    [line] = child.stderr_text().splitlines()
+    assert line.endswith(f"as /dev/full takes none: {os.strerror(errno.ENOSPC)}")

@@ -88,6 +88,16 @@ def test_each_that_is_left_is_named(run_job: Run, mark: str) -> None:
     assert child.stderr_text().count("COMMAND") == 1
 
 
+def test_dry_run_ends_nothing(run_job: Run, mark: str) -> None:
+    """With `--kill-tree` it says what that would end."""
+    child = run_job("start(); os.read(0, 1)", "--kill-tree", "--dry-run")
+    found = set(pids(child, 1))
+    child.send_line("")
+    assert child.wait() == 0
+    assert marked_processes(mark).keys() == found == named(child).keys()
+    assert "(it would be ended with --kill-tree)" in child.stderr_text()
+
+
 def test_what_ends_by_itself_is_not_named(run_job: Run, mark: str) -> None:
     """A helper that ends when COMMAND has, as those of multiprocessing do, is no news."""
     child = run_job(

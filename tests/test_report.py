@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import io
 import itertools
 import json
 import os
 import random
 import re
+import signal
 import subprocess
+import sys
+import textwrap
+import uuid
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -35,7 +40,8 @@ from tests.picture_support import (
     recorded,
     thread,
 )
-from tests.support import CLI, Spawn
+from tests.support import CLI, Child, Spawn
+from tests.test_report_blocks import event as blocks_event
 
 SCHEMA = json.loads((resources.files("elastic_timer") / "report.schema.json").read_text())
 VALIDATOR = jsonschema.Draft202012Validator(SCHEMA)
@@ -132,6 +138,72 @@ def test_several_hangs(report: Report, tmp_path: Path) -> None:
     assert "8 ranks on 2 hosts" in second
 
 
+def test_texts_of_others(report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They can't draw on the terminal, and what that has no letter for is shown by its number."""
+    evil = "é\x1b[2J\nfree\udcff"
+    took = blocks_event("node-0", NOW)
+    took["blocks"][0]["scope"] = evil
+    seen = picture([member(0, *WAITS, scope=evil, passes={evil: 7})], run_id=evil)
+    (tmp_path / "a").write_bytes(lines_of(event(seen), took))
+    text = report(tmp_path / "a")[1]
+    assert text.count("é [2J free") == 3
+    assert all(line.isprintable() for line in text.splitlines())
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert report(tmp_path / "a")[0] == 0
+    stream.seek(0)
+    assert stream.read() == text.replace("é", "\\xe9")
+
+
+def test_containers_of_one_host_name(report: Report, tmp_path: Path) -> None:
+    """Their ranks may have the same pids, as where a container has the host's network and name."""
+    for number in range(2):
+        seen = host(number)
+        for index, each in enumerate(seen["members"]):
+            each["host"], each["pid"] = "node", 7 + index
+        (tmp_path / f"{number}").write_bytes(lines_of(event(seen, NOW + number)))
+    text = report(tmp_path / "0", tmp_path / "1")[1]
+    assert "\nelastic-timer: 8 ranks on 1 host, 2 groups of stacks\nsuspect: rank 6 (node, " in text
+
+
+RANKS = """
+    import os, sys, time, elastic_timer
+
+    def meet(): time.sleep(60)
+    def load(): time.sleep(60)
+
+    elastic_timer.configure()
+    with elastic_timer.expires(after=1, scope=sys.argv[1]):
+        print("there", flush=True)
+        globals()[sys.argv[1]]()
+"""
+
+
+def test_each_rank_with_a_server_of_its_own(
+    report: Report, run: Callable[..., Child], tmp_path: Path
+) -> None:
+    """As `srun` starts them: no server takes another rank's for that, and all are one hang."""
+    job = {"WORLD_SIZE": "3", "TORCHELASTIC_RUN_ID": str(uuid.uuid4())}
+    command = [sys.executable, "-c", textwrap.dedent(RANKS)]
+    tasks, files = [], []
+    for rank, place in enumerate(["meet", "load", "meet"]):
+        files.append(tmp_path / f"{rank}.jsonl")
+        options = ("--collective", "meet", "--events", str(files[-1]))
+        tasks.append(run(*options, "--", *command, place, env={**job, "SLURM_PROCID": str(rank)}))
+    for task in tasks:
+        assert task.readline() == "there"
+    for task in tasks:
+        assert task.wait() == 128 + signal.SIGKILL
+    for task in (tasks[0], tasks[2]):
+        assert "the only rank here waits in a collective; the suspect is another rank: elastic" in (
+            task.stderr_text()
+        )
+    text = report("--collective", "meet", *files)[1]
+    assert text.count("suspect") == 1
+    assert "\nelastic-timer: 3 ranks on 1 host, 2 groups of stacks\nsuspect: rank 1 (" in text
+    assert "), the only one that does not wait in a collective\n" in text
+
+
 def test_no_hang(report: Report, tmp_path: Path) -> None:
     """That is said, and is no failure."""
     path = tmp_path / "events"
@@ -190,6 +262,20 @@ def test_wrong_usage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
             main(["report", *arguments])
         assert exit_.value.code == 2
     assert "a report takes no COMMAND" in capsys.readouterr().err
+
+
+def test_events_are_not_written_over(
+    two_hosts: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Who takes `--folded` for a flag loses no file; the stacks of an earlier report may go."""
+    before = [path.read_bytes() for path in two_hosts]
+    with pytest.raises(SystemExit) as exit_:
+        main(["report", "--folded", *map(str, two_hosts)])
+    assert exit_.value.code == 2
+    assert f"is not written over: '{two_hosts[0]}'" in capsys.readouterr().err
+    assert [path.read_bytes() for path in two_hosts] == before
+    for _ in range(2):
+        assert main(["report", "--folded", f"{two_hosts[0]}.folded", *map(str, two_hosts)]) == 0
 
 
 # Files --------------------------------------------------------------------------------------------
@@ -308,7 +394,9 @@ def test_whatever_a_line_is(path: tuple[Any, ...], value: Any) -> None:
         assert describe(who_hangs(hang.pictures))
 
 
-@pytest.mark.parametrize("changes", [{"time": float("inf")}, {"time": "now"}, {"host": None}])
+@pytest.mark.parametrize(
+    "changes", [{"time": float("inf")}, {"time": 1e20}, {"time": "now"}, {"host": None}]
+)
 def test_event_that_can_not_be_placed(changes: dict[str, Any]) -> None:
     """It has to be of some time and some host."""
     reader = EventReader()

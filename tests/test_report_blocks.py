@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -21,12 +22,14 @@ from tests.test_summary import command
 SCHEMA = json.loads((resources.files("elastic_timer") / "report.schema.json").read_text())
 
 
-def event(host: str, time: float, run_id: str = "nightly", count: int = 20) -> dict[str, Any]:
+def event(
+    host: str, time: float, run_id: str = "nightly", count: int = 20, since: float = 0.5
+) -> dict[str, Any]:
     """An event of a host in the order of fields in which `run --events` writes them."""
     nothing = dict.fromkeys(("pid", "scope", "expiration_time", "signal"))
     blocks = [block("train.py#1", 60.0, durations(*[0.5] * count), durations(0.5))]
     head = {"time": time, "event": "blocks", "run_id": run_id, **nothing, "host": host}
-    return {**head, "blocks": blocks, "unmeasured": 0}
+    return {**head, "since": since, "blocks": blocks, "unmeasured": 0}
 
 
 def write(path: Path, *lines: dict[str, Any] | str) -> Path:
@@ -36,21 +39,24 @@ def write(path: Path, *lines: dict[str, Any] | str) -> Path:
     return path
 
 
-def test_last_of_each_host_and_run_counts(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_last_of_each_server_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In whatever order files and lines come, and however many a run has written."""
     files = [
         write(tmp_path / "a-again", event("a", 2, count=100)),
         write(tmp_path / "a", event("a", 1, count=1), event("a", 1.5), event("a", 1, "second")),
-        write(tmp_path / "b", event("b", 3, count=30), event("c", 3, count=40)),
+        # Two of one run on one host, each with its last event behind one of the other's.
+        write(
+            tmp_path / "b",
+            *(event("b", time, count=30, since=time % 2) for time in (3, 4, 5, 6)),
+            event("c", 3, count=40),
+        ),
     ]
     assert main(["report", *map(str, files)]) == 0
     _, _, title, header, line = capsys.readouterr().out.splitlines()
     assert title == "what the blocks took"
     assert header.split()[:3] == ["scope", "blocks", "median"]
-    # What is told of a, its second run, b and c, and the first pass of each.
-    assert line.split()[:2] == ["train.py#1", str(100 + 20 + 30 + 40 + 4)]
+    # What is told of a, its second run, b twice and c, and the first pass of each.
+    assert line.split()[:2] == ["train.py#1", str(100 + 20 + 2 * 30 + 40 + 5)]
 
 
 def test_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -81,6 +87,7 @@ def test_line_that_is_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 WRONG: list[Callable[[dict[str, Any]], object]] = [
     lambda event: event.pop("unmeasured"),
+    lambda event: event.pop("since"),
     lambda event: event.update(blocks=7),
     lambda event: event["blocks"][0].pop("first"),
     lambda event: event["blocks"][0].update(longest=None),
@@ -119,11 +126,16 @@ def test_absurd_buckets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 def test_what_run_writes_is_what_report_reads(
     run: Callable[..., Child], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The table at the end of a run and that of the report are the same."""
+    """The table at the end of a run and that of the report are the same; of several the sum."""
     path = tmp_path / "events"
-    child = run("--summary", "--events", str(path), *command())
+    options = ("--summary", "--run-id", "nightly", "--events", str(path))
+    child = run(*options, *command())
     assert child.wait() == 0
     assert main(["report", str(path)]) == 0
     _, _, table = capsys.readouterr().out.partition("what the blocks took\n")
     assert table
     assert child.stderr_text().endswith(table)
+    # The next attempt of a job, or another task of it on this host.
+    assert run(*options, *command()).wait() == 0
+    assert main(["report", str(path)]) == 0
+    assert re.search(r"^train\.py#7 +40 ", capsys.readouterr().out, re.M)

@@ -445,12 +445,21 @@ class Terminal:
     """A terminal of 80 columns on which the command runs."""
 
     def __init__(
-        self, spawn: Spawn, *arguments: str, rows: int = 24, env: dict[str, str] | None = None
+        self,
+        spawn: Spawn,
+        *arguments: str,
+        rows: int = 24,
+        env: dict[str, str] | None = None,
+        source: str = CLI,
+        **options: Any,
     ) -> None:
         self._master, slave = pty.openpty()
         environment = {"TERM": "xterm", "NO_COLOR": "", "LINES": str(rows), "COLUMNS": "80"}
         self.child = spawn(
-            CLI, "status", *arguments, stdout=slave, env={**environment, **(env or {})}
+            *(source, "status", *arguments),
+            stdout=slave,
+            env={**environment, **(env or {})},
+            **options,
         )
         os.close(slave)
         self.shown = ""
@@ -501,6 +510,26 @@ def test_watch_restores_the_terminal(server: FileTimerServer, fifo_path: str, sp
         assert terminal.shown.endswith("\x1b[?25h\x1b[?1049l")
 
 
+def test_watch_that_is_stopped(server: FileTimerServer, fifo_path: str, spawn: Spawn) -> None:
+    """After Ctrl-Z the shell has its own screen and a cursor, and `fg` shows the table again."""
+    arguments = ("--timer-file", fifo_path, "--watch", "0.05")
+    # As a job of a shell's: what nobody in the session could continue, the system does not stop.
+    source = f"import os; os.setpgid(0, 0)\n{CLI}"
+    terminal = Terminal(spawn, *arguments, source=source, start_new_session=False)
+    with contextlib.closing(terminal):
+        for shown in (1, 2):
+            terminal.wait_for("run mine", terminal.shown.count("run mine") + 2)
+            assert terminal.shown.count("\x1b[?1049h\x1b[?25l") == shown
+            os.kill(terminal.child.pid, signal.SIGTSTP)
+            eventually(lambda: process_state(terminal.child.pid) == "T")
+            terminal.wait_for("\x1b[?25h\x1b[?1049l", shown)
+            assert terminal.shown.endswith("\x1b[?25h\x1b[?1049l")
+            os.kill(terminal.child.pid, signal.SIGCONT)
+        terminal.wait_for("\x1b[?1049h\x1b[?25l", 3)
+        assert terminal.end(signal.SIGINT) == 0
+    assert terminal.shown.count("\x1b[?25h\x1b[?1049l") == 3
+
+
 @pytest.mark.parametrize("variable", [{"NO_COLOR": "1"}, {"TERM": "dumb"}])
 def test_no_colours(
     server: FileTimerServer, fifo_path: str, spawn: Spawn, variable: dict[str, str]
@@ -510,6 +539,17 @@ def test_no_colours(
     with contextlib.closing(terminal):
         terminal.wait_for("0 reaped\r\n")
         assert "\x1b" not in terminal.shown
+
+
+def test_watch_on_a_terminal_that_can_not_draw(
+    server: FileTimerServer, fifo_path: str, spawn: Spawn
+) -> None:
+    """In a shell of an editor's the tables follow each other."""
+    arguments = ("--timer-file", fifo_path, "--watch", "0.05")
+    with contextlib.closing(Terminal(spawn, *arguments, env={"TERM": "dumb"})) as terminal:
+        terminal.wait_for("run mine", 3)
+        assert terminal.end(signal.SIGINT) == 0
+    assert "\x1b" not in terminal.shown
 
 
 def test_watch_of_more_than_fits(server: FileTimerServer, fifo_path: str, spawn: Spawn) -> None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
+from elastic_timer._evidence.facts import one_line
 from elastic_timer._server.blocks import percentile
 
 # Of fewer passes the longest tells little.
@@ -30,6 +31,7 @@ class Measured(TypedDict):
     """What an event "blocks" tells."""
 
     time: float
+    since: float
     host: str
     run_id: str
     blocks: list[Mapping[str, Any]]
@@ -93,7 +95,7 @@ def block_table(events: Iterable[Mapping[str, Any]]) -> str:
     """The table as lines of text.
 
     Args:
-        events: The last event "blocks" of each run of each host. Where they have a `host`, and it
+        events: The last event "blocks" of each server. Where they have a `host`, and it
             is not always the same, those of the slowest passes are told.
     """
     events = list(events)
@@ -121,6 +123,7 @@ def measured(event: Mapping[str, Any]) -> Measured:
     """
     return {
         "time": float(event["time"]),
+        "since": float(event["since"]),
         "host": str(event["host"]),
         "run_id": str(event["run_id"]),
         "blocks": [
@@ -215,12 +218,13 @@ def _duration(seconds: float | None) -> str:
 
 
 def _short(scopes: Iterable[str]) -> dict[str, str]:
-    """Each scope without its folder, as far as that tells it from all others."""
+    """Each scope on one line, without its folder as far as that tells it from all others."""
     scopes = list(scopes)
     last = {scope: scope.rpartition("/")[2] for scope in scopes}
     often = Counter(last.values())
     return {
-        scope: last[scope] if last[scope] and often[last[scope]] == 1 else scope for scope in scopes
+        scope: one_line(last[scope] if last[scope] and often[last[scope]] == 1 else scope)
+        for scope in scopes
     }
 
 

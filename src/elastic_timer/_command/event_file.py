@@ -7,7 +7,10 @@ import errno
 import json
 import os
 
+from elastic_timer._server.callbacks import contained_logger
 from elastic_timer._server.events import Event
+
+logger = contained_logger(__name__)
 
 
 class EventFile:
@@ -23,6 +26,7 @@ class EventFile:
     """
 
     def __init__(self, path: str, run_id: str) -> None:
+        self._path = path
         self._run_id = run_id
         self._host = os.uname().nodename
         try:
@@ -36,10 +40,20 @@ class EventFile:
             raise
         # A reader that is slow for a while is to miss nothing.
         os.set_blocking(self._fd, True)
+        self._is_failing = False
 
     def append(self, event: Event) -> None:
-        """Append one event; waits for as long as a FIFO is full."""
-        os.write(self._fd, json.dumps(self._record(event)).encode() + b"\n")
+        """Append one event; waits for as long as a FIFO is full. One that can't be is lost."""
+        line = json.dumps(self._record(event)).encode() + b"\n"
+        try:
+            os.write(self._fd, line)
+        except OSError as error:
+            # Once, not for each: the log is what tells of them now.
+            if not self._is_failing:
+                logger.error("Events are lost, as %s takes none: %s", self._path, error.strerror)
+            self._is_failing = True
+        else:
+            self._is_failing = False
 
     def _record(self, event: Event) -> dict[str, object]:
         record: dict[str, object] = {

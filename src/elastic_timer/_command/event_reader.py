@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -24,13 +24,18 @@ if TYPE_CHECKING:
 
 _PICTURE = "job hangs"
 _BLOCKS = "blocks"
-# How such an event begins behind its time. Of many of one run and host the last is wanted.
+# How such an event begins behind its time. Of many of one server the last is wanted.
 _BLOCKS_EVENT = re.compile(rb'\{"time": [^,]+, "event": "blocks", (.*?), "blocks": ')
 # Whatever else a file is, no more of it is in memory at once.
 _LONGEST_LINE = 64 << 20
+# What each event has.
+_EVENT = b'"event"'
 # How an event begins, and how many are looked for behind one that has no end.
 _BEGINNING = b'{"time"'
 _MOST_BEGINNINGS = 8
+
+# No clock is so wrong, and no date can be made of more, in seconds.
+_FAR = 1e12
 
 _T = TypeVar("_T")
 
@@ -64,13 +69,13 @@ class EventReader:
     Attributes:
         files: Those that were read.
         sightings: The pictures in them.
-        blocks: What the blocks of each host and run took, by the last that was told of it.
+        blocks: What the blocks of each server's workers took, by the last that was told of it.
     """
 
     def __init__(self) -> None:
         self.files: list[File] = []
         self.sightings: list[Sighting] = []
-        self.blocks: dict[tuple[str, str], Measured] = {}
+        self.blocks: dict[tuple[str, str, float], Measured] = {}
         # The ranks of a job are mostly at few places: their stacks are kept once.
         self._known: dict[tuple[tuple[str, int, str], ...], list[Frame]] = {}
 
@@ -81,16 +86,16 @@ class EventReader:
         last: dict[bytes, bytes] = {}
         try:
             with open(path, "rb") as stream:
-                line, has_events = b"", False
+                line, has_any = b"", False
                 for line in _lines(stream):
-                    has_events = has_events or b'"event"' in line
+                    has_any = has_any or _EVENT in line
                     if _PICTURE.encode() in line:
                         file.broken += not self._take(line)
                     elif not line.endswith(b"\n"):
                         file.broken += 1
                     elif match := _BLOCKS_EVENT.match(line):
                         last[match[1]] = line
-                if line and not has_events:
+                if line and not has_any:
                     file.error = "there are no events in it"
         except OSError as error:
             file.error = error.strerror or str(error)
@@ -118,7 +123,7 @@ class EventReader:
             self.sightings.append(Sighting(time, _a(str, event["host"]), picture))
         elif event["event"] == _BLOCKS:
             found = measured(event)
-            key = found["host"], found["run_id"]
+            key = found["host"], found["run_id"], found["since"]
             if key not in self.blocks or found["time"] >= self.blocks[key]["time"]:
                 self.blocks[key] = found
 
@@ -190,6 +195,14 @@ class EventReader:
         return self._known[key]
 
 
+def has_events(path: str) -> bool:
+    """Whether a file begins with an event."""
+    if not os.path.isfile(path):
+        return False
+    with open(path, "rb") as stream:
+        return _EVENT in stream.read(4096)
+
+
 def _lines(stream: BinaryIO) -> Iterator[bytes]:
     while line := stream.readline(_LONGEST_LINE):
         yield line
@@ -204,7 +217,7 @@ def _a(kind: type[_T], value: Any) -> _T:
 
 def _seconds(value: Any) -> float:
     seconds = float(value)
-    if not math.isfinite(seconds):
+    if not abs(seconds) < _FAR:
         raise ValueError(f"not a time: {seconds}")
     return seconds
 

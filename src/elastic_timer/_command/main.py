@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import logging
 import math
 import os
@@ -18,6 +19,7 @@ from elastic_timer._command import ENDED_BY_SIGNAL
 
 _Asked = TypeVar("_Asked")
 
+_STDOUT = 1
 _STDERR = 2
 
 # As docs/reference/command.md has it: argparse knows nothing of COMMAND, nor of an order.
@@ -39,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status. Wrong usage raises SystemExit(2) instead.
     """
+    _open_streams()
     given = list(sys.argv[1:] if arguments is None else arguments)
     # Split here, for what argparse makes of `--` differs between Python versions.
     end = given.index("--") if "--" in given else len(given)
@@ -63,6 +66,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read has seen enough. Python would complain of it once more at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+
+
+def _open_streams() -> None:
+    """Have 0, 1 and 2 open, though not in COMMAND, and a stdout that takes any text.
+
+    The number of one that is closed would be given to the next file that is opened, and the log be
+    written there: into the events, for instance.
+    """
+    while (fd := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        pass
+    os.close(fd)
+    sys.stdout = sys.stdout or os.fdopen(_STDOUT, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(_STDERR, "w", closefd=False)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # What is no text in the terminal's encoding is no reason to show nothing.
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -259,7 +278,7 @@ def _run(options: argparse.Namespace) -> int:
     from elastic_timer._command.run import Options, run
 
     parser: argparse.ArgumentParser = options.parser
-    if not options.command:
+    if options.command[:1] in ([], [""]):
         parser.error("what is to be run? Write it behind --")
     if not hasattr(os, "posix_spawnp"):
         parser.error("this needs FIFOs and signals, which this platform does not have")

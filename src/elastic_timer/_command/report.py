@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import sys
 import time
@@ -10,8 +11,9 @@ from collections.abc import Collection, Iterator, Sequence
 from typing import TextIO
 
 from elastic_timer._command.block_table import block_table
-from elastic_timer._command.event_reader import EventReader, File
+from elastic_timer._command.event_reader import EventReader, File, has_events
 from elastic_timer._command.hangs import Hang, hangs_of
+from elastic_timer._evidence.facts import one_line
 from elastic_timer._evidence.picture import (
     Answer,
     Seen,
@@ -47,8 +49,11 @@ def report(
         The status to exit with: 1 where a file could not be read, else 0, with a hang or without.
 
     Raises:
+        FileExistsError: There are events in `folded`, as where its name was left out.
         OSError: `folded` can't be written to.
     """
+    if folded is not None and has_events(folded):
+        raise FileExistsError(errno.EEXIST, "this has events, and is not written over", folded)
     reader = EventReader()
     for path in paths:
         reader.read(path)
@@ -98,7 +103,7 @@ def _title(hang: Hang) -> str:
     when = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(hang.time))
     told = [when]
     if hang.job["run_id"] is not None:
-        told.append(f"run {hang.job['run_id']}")
+        told.append(f"run {one_line(hang.job['run_id'])}")
     if hang.job["world_size"] is not None:
         told.append(f"world size {hang.job['world_size']:,}")
     if hang.job["restart_count"] is not None:

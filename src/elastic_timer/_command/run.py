@@ -137,7 +137,7 @@ def run(options: Options) -> int:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask_before)
             raise
         # Before COMMAND can leave anything behind.
-        leftovers = Leftovers(signals, options.kill_tree)
+        leftovers = Leftovers(signals, options.kill_tree and not options.dry_run)
         try:
             pid = _start(options.command, timer_file, mask_before)
         except OSError as error:

@@ -128,19 +128,29 @@ def _watch(options: StatusOptions, pause: float) -> int:
 
 @contextlib.contextmanager
 def _screen(options: StatusOptions) -> Iterator[bool]:
-    """Have a screen to draw on, where stdout is a terminal; whether it is."""
-    is_screen = not options.json and _is_terminal()
+    """Have a screen to draw on, where stdout is a terminal that can; whether it is."""
+    is_screen = not options.json and _is_terminal() and not _is_dumb()
 
     def end(number: int, frame: object) -> None:
         sys.exit(128 + number)
 
+    def pause(number: int, frame: object) -> None:
+        # Not by the stream, in the midst of whose write this may be.
+        os.write(sys.stdout.fileno(), _LEAVE.encode())
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)  # Comes back when somebody has it go on.
+        signal.signal(number, pause)
+        os.write(sys.stdout.fileno(), _ENTER.encode())
+
     if is_screen:
         signal.signal(signal.SIGTERM, end)
+        signal.signal(signal.SIGTSTP, pause)
         sys.stdout.write(_ENTER)
     try:
         yield is_screen
     finally:
         if is_screen:
+            signal.signal(signal.SIGTSTP, signal.SIG_DFL)
             sys.stdout.write(_LEAVE)
             sys.stdout.flush()
 
@@ -154,14 +164,18 @@ def _draw(lines: list[str]) -> None:
 
 
 def _print(lines: list[str]) -> None:
-    # What is no text in the terminal's encoding is no reason to show nothing.
     for line in lines:
-        print(line.encode(sys.stdout.encoding, "backslashreplace").decode(sys.stdout.encoding))
+        print(line)
     sys.stdout.flush()
 
 
 def _is_terminal() -> bool:
     return sys.stdout.isatty()
+
+
+def _is_dumb() -> bool:
+    """Whether the terminal takes nothing but text, as that of a shell in an editor."""
+    return os.environ.get("TERM") == "dumb"
 
 
 def _size() -> os.terminal_size:
@@ -173,7 +187,7 @@ def _size() -> os.terminal_size:
 def _style() -> Style:
     if not _is_terminal():
         return Style()
-    is_coloured = not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    is_coloured = not os.environ.get("NO_COLOR") and not _is_dumb()
     return Style(_size().columns, is_coloured)
 
 

@@ -365,11 +365,20 @@ def _members(standing: Standing, request: _Request) -> dict[int, Standing]:
         if ranks_of.get(parents[each.pid]) != each.rank:
             by_rank.setdefault(each.rank, each)
     job = standing.job
-    if job is not None and len(by_rank) != job.world_size:
+    if job is not None and len(by_rank) != job.world_size and not _is_a_ranks(job):
         # Of a rank the first one found is the one that has started the others.
         for stranger in _strangers(standing, job, set(by_rank)):
             by_rank.setdefault(stranger.rank, stranger)
     return {each.pid: each for _, each in sorted(by_rank.items(), key=lambda item: item[0] or 0)}
+
+
+def _is_a_ranks(job: Job) -> bool:
+    """Whether this server was started as a part of one rank of a job, as below `srun`.
+
+    Then each has its own, and what bears another's number is its server in the first place.
+    """
+    environment = environment_of(os.getpid())
+    return ranks(environment)[0] is not None and job_of(environment) == job
 
 
 def _strangers(standing: Standing, job: Job, known: Collection[int | None]) -> list[Standing]:

@@ -126,7 +126,7 @@ class Seen(NamedTuple):
     """A member and its place.
 
     `waits` is whether it waits for other ranks, which is false where that is not known. `passes`
-    are those of the blocks that its host tells of, which are named without their folders.
+    are those of the blocks that its server tells of, which are named without their folders.
     """
 
     member: Member
@@ -180,32 +180,36 @@ def who_hangs(
 
 def look(pictures: Iterable[Picture], collectives: Collection[str] = ()) -> list[Seen]:
     """Each process of some pictures once, by rank: as the first picture has it with its stacks."""
-    members: dict[tuple[str, int], Member] = {}
+    # By the rank as well: containers of one host's name may have the same pids.
+    members: dict[tuple[int, str, int], Member] = {}
+    # Of a block in which nobody was whom its server knows, it is not known how often a rank has
+    # entered it. There may be several servers on a host.
+    blocks: dict[tuple[int, str, int], set[str]] = {}
     for picture in pictures:
+        known: dict[str, set[str]] = {}
         for member in picture["members"]:
-            first = members.setdefault((member["host"], member["pid"]), member)
+            process = member["rank"], member["host"], member["pid"]
+            first = members.setdefault(process, member)
+            blocks.setdefault(process, known.setdefault(member["host"], set()))
+            named = [*member["passes"], *filter(None, [member["scope"]])]
+            known[member["host"]].update(map(short_scope, named))
             if first["stacks"] is None and member["stacks"] is not None:
                 stacks = member["stacks"], member["descendants"]
-                members[member["host"], member["pid"]] = _with_stacks(first, *stacks)
-    found = sorted(members.items(), key=lambda item: (item[1]["rank"], item[0]))
+                members[process] = _with_stacks(first, *stacks)
+    found = sorted(members.items(), key=lambda item: item[0])
     places = [
         place_of(member["stacks"], collectives) if member["stacks"] else None for _, member in found
     ]
     # What frames in C tell of one holds for those at the same place that have none.
     waiting = {place.key for place in places if place and place.in_collective and place.is_sure}
-    # Of a block that nobody on its host was in, it is not known how often a rank has entered it.
-    blocks: dict[str, set[str]] = {}
-    for member in members.values():
-        names = map(short_scope, [*member["passes"], *filter(None, [member["scope"]])])
-        blocks.setdefault(member["host"], set()).update(names)
     return [
         Seen(
             member,
             place,
             place is not None and _waits(place, waiting),
-            _passes(member, blocks[member["host"]]),
+            _passes(member, blocks[process]),
         )
-        for (_, member), place in zip(found, places, strict=True)
+        for (process, member), place in zip(found, places, strict=True)
     ]
 
 
@@ -388,14 +392,16 @@ def _suspects_missing(
     """What follows where all that are known wait: somebody else lets them."""
     here = "that are known" if offline else "here"
     all_wait = f"all {_count(len(seen), 'rank')} {here} wait in a collective"
+    where = "on another host"
     if len(seen) == 1:
+        where = "another rank"  # It may be on this host, with a server of its own.
         all_wait = f"the only rank {here} waits in a collective".replace("that are", "that is")
     absent = list(missing) if offline else _absent_here(seen, missing)
     if offline:
         return absent, [f"of which no file tells; {all_wait}"]
     if absent:
-        return absent, [f"which should be here and has entered no block; {all_wait}"]
-    return [], [f"{all_wait}; the suspect is on another host: elastic-timer report EVENTS..."]
+        return absent, [f"which should be here: ended, or in no block so far; {all_wait}"]
+    return [], [f"{all_wait}; the suspect is {where}: elastic-timer report EVENTS..."]
 
 
 def _absent_here(seen: Sequence[Seen], missing: Sequence[int]) -> list[int]:
@@ -483,7 +489,7 @@ def _conclusion(answer: Answer) -> str:
 
 def _doing(group: Group) -> tuple[str, str]:
     """What the ranks of a group do, and in which block."""
-    told = f"no stacks: {group['stacks_missing']}"
+    told = f"no stacks: {group['stacks_missing'] or 'no thread of it runs Python code'}"
     if group["frames"]:
         told = describe_frames(group["frames"])
     if group["descendant"]:

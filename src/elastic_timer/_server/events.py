@@ -165,11 +165,13 @@ class BlocksMeasured(Event):
     """What the workers' blocks took since the server was made.
 
     Attributes:
+        since: When that was, in epoch seconds: what tells servers of one run and host apart.
         blocks: Of each block what `_server.blocks` makes of it.
         unmeasured: How often others were entered, that were too many.
     """
 
     name: ClassVar[str] = "blocks"
+    since: float
     blocks: list[Mapping[str, object]]
     unmeasured: int
 

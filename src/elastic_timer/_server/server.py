@@ -244,6 +244,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._kill_after = kill_after
         self._kill_tree = kill_tree
         self._dry_run = dry_run
+        self._made = _clock.epoch()
         self._stop_signaled = False
         self._is_open = False
         self._loop = Loop(
@@ -960,7 +961,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
     def _publish_blocks(self) -> None:
         blocks, unmeasured = self._workers.measured()
         if blocks:
-            self._events.publish(BlocksMeasured(_clock.epoch(), blocks, unmeasured))
+            self._events.publish(BlocksMeasured(_clock.epoch(), self._made, blocks, unmeasured))
 
     def _flush(self) -> None:
         """Let listeners and the log catch up, those that block for a second at most."""
