@@ -878,7 +878,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
                 continue
             elif self._signal(pid, signals.SIGKILL) is None:
                 logger.warning(
-                    "Worker %s outlived signal %s; sent SIGKILL",
+                    "Worker %s outlived signal %d; sent SIGKILL",
                     self._workers.name(pid),
                     followed.signal,
                 )
@@ -973,7 +973,8 @@ class ProcessServer(abc.ABC, Generic[_R]):
     def _log_signalled(self, event: Event) -> None:
         assert isinstance(event, WorkerDue)
         logging.getLogger(__name__).warning(
-            "%s worker %s with signal %s, %.3f s after its deadline: %s",
+            # Python 3.10 writes the name of a signal's class for %s.
+            "%s worker %s with signal %d, %.3f s after its deadline: %s",
             "Reaped" if isinstance(event, WorkerSignalled) else "Dry run: would have reaped",
             named(event.pid, event.rank),
             event.signal,

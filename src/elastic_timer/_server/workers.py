@@ -307,7 +307,7 @@ class Workers(Generic[_Request]):
         except ProcessLookupError:
             logger.info("Worker %s is gone already", self.name(pid))
         except OSError as error:
-            logger.error("Worker %s can't be sent signal %s: %s", self.name(pid), signal, error)
+            logger.error("Worker %s can't be sent signal %d: %s", self.name(pid), signal, error)
             return False
         return True
 
