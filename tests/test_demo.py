@@ -103,17 +103,18 @@ def test_demo_that_goes_wrong(spawn: Callable[..., Child]) -> None:
 
 
 def test_demo_interrupted(spawn: Callable[..., Child], tmp_path: Path) -> None:
-    """Ctrl-C in the middle: status 130, no rank and no folder left."""
+    """Ctrl-C in the middle: status 130, no rank and no folder left, and no tracebacks of theirs."""
     child = spawn(DEMO, env={"TMPDIR": str(tmp_path)})
     while "step 1" not in child.readline():
         pass
     [folder] = tmp_path.iterdir()
     mark = f"{_demo._MARK}={folder}"
     assert len(marked_processes(mark)) >= _demo._RANKS
-    os.kill(child.pid, signal.SIGINT)
+    os.killpg(child.pid, signal.SIGINT)  # As a terminal does.
     assert child.wait() == 130
     eventually(lambda: not marked_processes(mark))
     assert list(tmp_path.iterdir()) == []
+    assert child.stderr_text() == ""
 
 
 @pytest.mark.parametrize(("environment", "is_coloured"), [({}, True), ({"NO_COLOR": "1"}, False)])

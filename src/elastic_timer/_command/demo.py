@@ -184,11 +184,14 @@ class _Job:
             _MARK: self._folder,
         }
         self._ranks, self._blocks_left, self._is_hanging = [], 0, False
+        # They inherit it: a terminal's Ctrl-C would have each of them print a traceback.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         for rank in map(str, range(_RANKS)):
             place = {"RANK": rank, "LOCAL_RANK": rank}
             command = [sys.executable, "-m", __name__]
             process = subprocess.Popen(command, env={**os.environ, **job, **place})
             self._ranks.append(process)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _wait(self) -> str:
         """Wait until a rank dies, and say which and how; nothing where all end well."""
