@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from collections.abc import Callable
@@ -90,6 +91,20 @@ def test_contents(wheel: Path) -> None:
             for name in ("METADATA", "RECORD", "WHEEL", "entry_points.txt", "licenses/LICENSE")
         ),
     }
+
+
+def test_source_distribution(tmp_path: Path) -> None:
+    """Its tests can be run from it: it has what they read."""
+    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
+    run(*pip, "install", "--quiet", "--target", str(tmp_path / "tools"), "hatchling")
+    build = "import os, sys; os.chdir(sys.argv[1]); from hatchling.build import build_sdist; "
+    build += "build_sdist(sys.argv[2])"
+    tools = {"PYTHONPATH": str(tmp_path / "tools")}
+    run(sys.executable, "-c", build, str(REPOSITORY), str(tmp_path), environment=tools)
+    name = f"elastic_timer-{elastic_timer.__version__}"
+    with tarfile.open(tmp_path / f"{name}.tar.gz") as archive:
+        names = {path.removeprefix(f"{name}/") for path in archive.getnames()}
+    assert names >= {".ci/run", ".pre-commit-config.yaml", "README.md", "docs/index.md"}
 
 
 def test_metadata(wheel: Path) -> None:
