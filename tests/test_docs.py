@@ -238,16 +238,23 @@ def api_table(module: ModuleType) -> str:
     for name in documented(module):
         public = getattr(module, name)
         rows.append(api_row(name, public))
-        for member, method in vars(public).items() if isinstance(public, type) else ():
+        classes = public.__mro__[:-1] if isinstance(public, type) else ()
+        # Those of the servers' base too, which has no page.
+        for member in dict.fromkeys(member for each in classes for member in vars(each)):
+            method = getattr(public, member)
             if callable(method) and not member.startswith("_"):
                 rows.append(api_row(f"{name}.{member}", method))
     return "\n".join(rows)
 
 
 def documented(module: ModuleType) -> list[str]:
-    """The names that the page of a module describes: those of its own."""
-    own = [name for name in module.__all__ if getattr(module, name).__module__ == module.__name__]
-    return sorted(own, key=lambda name: inspect.getsourcelines(getattr(module, name))[1])
+    """The names that the page of a module describes, those last that it has from another one."""
+
+    def place(name: str) -> tuple[bool, int]:
+        public = getattr(module, name)
+        return public.__module__ != module.__name__, inspect.getsourcelines(public)[1]
+
+    return sorted(module.__all__, key=place)
 
 
 def api_row(name: str, public: Callable[..., object]) -> str:

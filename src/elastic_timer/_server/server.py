@@ -331,8 +331,10 @@ class ProcessServer(abc.ABC, Generic[_R]):
         Args:
             listener: Called with each record. What it raises is logged. It holds nobody up for
                 more than 10 ms; while a thousand records wait for it, later ones are lost.
-            kinds: The kinds of records. Without any it is all but acquires and releases of timers.
-                From the first time that somebody asks for them, blocks are measured.
+            kinds: The kinds of records. Without any it is all but acquires and releases of timers,
+                and rounds. Blocks are measured from the first time that somebody asks for that.
+
+        .. versionadded:: 0.2.0
         """
         self._events.subscribe(listener, *(kinds or _RARE_EVENTS))
         if self._events.wants(BlocksMeasured):
