@@ -103,7 +103,7 @@ def test_whatever_the_ranks_are(
 ) -> None:
     """A worker is watched, and none of the requests is lost that come together with its own."""
     set_stacks_timeout(0)
-    workers = [sleeping({name: "1" * 5000 for name in JOB}), sleeping({})]
+    workers = [sleeping(dict.fromkeys(JOB, "1" * 5000)), sleeping({})]
     for pid in workers:
         client._send_request(FileTimerRequest(pid, "s", time.time() + FAR, signal.SIGKILL))
     eventually(lambda: all(map(server._timers.holds, workers)))
