@@ -90,6 +90,7 @@ def test_no_environment_of_a_process_that_is_gone() -> None:
         ({"RANK": "none", "SLURM_PROCID": "4", "LOCAL_RANK": ""}, (4, None)),
         ({"RANK": "-1"}, (None, None)),
         ({"LOCAL_RANK": "0"}, (None, 0)),
+        ({"RANK": "999999999"}, (999_999_999, None)),
         ({"RANK": "1" * 5000, "SLURM_PROCID": "4", "LOCAL_RANK": "1" * 10}, (4, None)),
     ],
 )

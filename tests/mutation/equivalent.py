@@ -136,6 +136,10 @@ EQUIVALENT: dict[str, dict[str, str]] = {
         "if abs(difference - self._difference) >= _CLOCK_STEP:": (
             "a step of the very limit may be taken for either"
         ),
+        "if after - before < _CLOCK_STEP / 2:  ->  if after - before <= _CLOCK_STEP / 2:": _LIMIT,
+        "if after - before < _CLOCK_STEP / 2:  ->  if after - before < _CLOCK_STEP / 3:": (
+            "what is a pause is known within a factor of two"
+        ),
     },
     "api": {
         "if not 0 <= self._after <= _LONGEST:  ->  if not 0 <= self._after < _LONGEST:": _LIMIT,
