@@ -59,6 +59,11 @@ class Startable(Protocol):
 _S = TypeVar("_S", bound=Startable)
 
 
+UNMEASURED = {"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
+"""The environment of a child whose coverage is not measured: an interrupt at any moment may come
+within the measuring, and leave the lock of that taken."""
+
+
 class Child:
     """A Python process that runs `source`; the test exchanges lines with it."""
 

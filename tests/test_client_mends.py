@@ -20,7 +20,7 @@ import pytest
 
 from elastic_timer import FileTimerClient, LocalTimerClient, TimerClient, configure, expires
 from elastic_timer._transport import pipe
-from tests.support import Child, no_more_descriptors
+from tests.support import UNMEASURED, Child, no_more_descriptors
 
 
 class Recorder(TimerClient):
@@ -440,9 +440,7 @@ print("left blocked:", left_blocked, flush=True)
 
 def test_c6_interrupts_leave_sigpipe_as_it_was(spawn: Callable[..., Child]) -> None:
     """Else what the worker starts later inherits that it is blocked, and does not end by it."""
-    # An interrupt within the measuring of coverage could leave the lock of that taken.
-    unmeasured = {"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
-    child = spawn(INTERRUPTED_WORKER, env=unmeasured)
+    child = spawn(INTERRUPTED_WORKER, env=UNMEASURED)
     assert child.readline() == "left blocked: 0"
     assert child.wait() == 0, child.stderr_text()
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from elastic_timer._transport.pipe import enlarge
-from tests.support import Child
+from tests.support import UNMEASURED, Child
 
 # Interrupts its own blocks at moments that have nothing to do with what it does. A line for the
 # scope "mark" tells the reader of the FIFO that an interrupt was handled.
@@ -137,9 +137,7 @@ def interrupted_blocks(
     # Kept open for writing: it is not to end between two requests.
     reader = os.open(fifo_path, os.O_RDWR | os.O_NONBLOCK)
     enlarge(reader)  # As servers do.
-    # An interrupt within the measuring of coverage could leave the lock of that taken.
-    unmeasured = {"COVERAGE_PROCESS_START": "", "COVERAGE_PROCESS_CONFIG": ""}
-    child = spawn(WORKER, fifo_path, kind, str(blocks), when, env=unmeasured)
+    child = spawn(WORKER, fifo_path, kind, str(blocks), when, env=UNMEASURED)
     assert child.process.stdout is not None
     armed: set[str] = set()
     stray = marks = 0

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.support import Child
+from tests.support import UNMEASURED, Child
 
 Spawn = Callable[..., Child]
 
@@ -98,6 +98,6 @@ PROGRAM = """
 @pytest.mark.parametrize("kind", ["file", "queue"])
 def test_a5_interrupted_twice(kind: str, moment: str, spawn: Spawn, fifo_path: str) -> None:
     """Whatever was cut short can be repeated, and serves; no thread and no descriptor is left."""
-    child = spawn(PROGRAM, kind, fifo_path, moment, "30")
+    child = spawn(PROGRAM, kind, fifo_path, moment, "30", env=UNMEASURED)
     assert child.readline(80) == "unharmed"
     assert child.wait() == 0, child.stderr_text()

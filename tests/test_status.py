@@ -32,6 +32,7 @@ from tests.servers import Serve
 from tests.support import (
     CLI,
     FAR,
+    UNMEASURED,
     Child,
     Fork,
     Spawn,
@@ -122,8 +123,8 @@ def test_what_ten_thousand_timers_cost(spawn: Spawn, fifo_path: str, tmp_path: P
     Not of the clock, which tells more of what else the machine does; and the best of some counts.
     """
     # As installed: compiled once, and measured by nobody else.
-    env = dict.fromkeys(("COVERAGE_PROCESS_START", "COVERAGE_PROCESS_CONFIG"), "")
-    env |= {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path / "compiled")}
+    env = {"PYTHONDONTWRITEBYTECODE": "", "PYTHONPYCACHEPREFIX": str(tmp_path / "compiled")}
+    env |= UNMEASURED
     source = """
         import sys
         from elastic_timer import FileTimerServer
