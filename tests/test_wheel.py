@@ -50,18 +50,30 @@ def run(*command: str, environment: dict[str, str] | None = None) -> str:
 
 
 @pytest.fixture
-def wheel(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+def distributions(made_once: Callable[[str, Callable[[Path], object]], Path]) -> Path:
+    """A folder with the wheel and the source distribution of this checkout."""
+    return made_once("distributions", build_in) / "made"
+
+
+@pytest.fixture
+def wheel(request: pytest.FixtureRequest) -> Path:
     """The wheel named by ELASTIC_TIMER_WHEEL or, without that, one built from this checkout."""
     built = os.environ.get("ELASTIC_TIMER_WHEEL")
     if built:
         return Path(built)
-    [path] = made_once("wheel", build_in).iterdir()
-    return path
+    [path] = request.getfixturevalue("distributions").glob("*.whl")
+    return Path(path)
 
 
 def build_in(folder: Path) -> None:
+    # By the interface of all builders (PEP 517): pip would fetch it anew for each of the two.
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    run(*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(folder), str(REPOSITORY))
+    run(*pip, "install", "--quiet", "--target", str(folder / "tools"), "hatchling")
+    (folder / "made").mkdir()
+    build = "import os, sys; os.chdir(sys.argv[1]); from hatchling import build; "
+    build += "build.build_sdist(sys.argv[2]); build.build_wheel(sys.argv[2])"
+    tools = {"PYTHONPATH": str(folder / "tools")}
+    run(sys.executable, "-c", build, str(REPOSITORY), str(folder / "made"), environment=tools)
 
 
 @pytest.fixture
@@ -93,16 +105,10 @@ def test_contents(wheel: Path) -> None:
     }
 
 
-def test_source_distribution(tmp_path: Path) -> None:
+def test_source_distribution(distributions: Path) -> None:
     """Its tests can be run from it: it has what they read."""
-    pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
-    run(*pip, "install", "--quiet", "--target", str(tmp_path / "tools"), "hatchling")
-    build = "import os, sys; os.chdir(sys.argv[1]); from hatchling.build import build_sdist; "
-    build += "build_sdist(sys.argv[2])"
-    tools = {"PYTHONPATH": str(tmp_path / "tools")}
-    run(sys.executable, "-c", build, str(REPOSITORY), str(tmp_path), environment=tools)
     name = f"elastic_timer-{elastic_timer.__version__}"
-    with tarfile.open(tmp_path / f"{name}.tar.gz") as archive:
+    with tarfile.open(distributions / f"{name}.tar.gz") as archive:
         names = {path.removeprefix(f"{name}/") for path in archive.getnames()}
     assert names >= {".ci/run", ".pre-commit-config.yaml", "README.md", "docs/index.md"}
 
