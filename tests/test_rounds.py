@@ -15,11 +15,7 @@ import pytest
 from elastic_timer import FileTimerClient, FileTimerRequest, FileTimerServer, expires
 from elastic_timer._server import server as _server
 from elastic_timer._server.process import ProcessHandle
-from elastic_timer.debug_info_logging import (
-    add_debug_info_handler,
-    remove_debug_info_handler,
-    set_stacks_timeout,
-)
+from elastic_timer.debug_info_logging import add_debug_info_handler, remove_debug_info_handler
 from tests.servers import Link
 from tests.support import (
     FAR,
@@ -151,33 +147,6 @@ def test_requests_that_arrive_between_two_reaps(
         assert late.wait(5) == -signal.SIGKILL
         eventually(lambda: list(server._timers) == [(reported.pid, "next")])
         assert is_alive(reported)
-
-
-def test_workers_due_at_one_moment_are_read_for_together(
-    fifo_path: str, fork_worker: Fork, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where clients write without end, to read anew for each of them would take seconds."""
-    set_stacks_timeout(0)
-    # However long the machine takes from one of them to the next.
-    monkeypatch.setattr(_server, "_MOMENT", 20.0)
-    workers = [fork_worker(wait_to_be_killed) for _ in range(5)]
-    server = FileTimerServer(fifo_path, "run", 60)
-    drain = server._source.drain
-    last_looks: list[None] = []
-
-    def drain_and_note(everything: bool = False) -> list[FileTimerRequest]:
-        last_looks.extend([None] * everything)
-        return drain(everything)
-
-    monkeypatch.setattr(server._source, "drain", drain_and_note)
-    due = time.time() - 1
-    with running(server):
-        server.register_timers(
-            [FileTimerRequest(worker.pid, "stuck", due, signal.SIGKILL) for worker in workers]
-        )
-        for worker in workers:
-            assert worker.wait() == -signal.SIGKILL
-    assert len(last_looks) == 1
 
 
 # Workers that are gone --------------------------------------------------------------------------

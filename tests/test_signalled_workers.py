@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from elastic_timer import FileTimerClient, FileTimerRequest, FileTimerServer, expires
+from elastic_timer._server import server as server_module
 from tests.servers import Link, LooksAway
 from tests.support import (
     FAR,
@@ -228,12 +229,18 @@ def test_release_of_another_block_does_not_forgive(fifo_path: str, fork_worker: 
         assert worker.wait(10) == -signal.SIGKILL
 
 
-def test_release_while_another_is_reaped(file_link: Link, fork_worker: Fork) -> None:
+def test_release_while_another_is_reaped(
+    file_link: Link, fork_worker: Fork, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two are due at once; what is written while the first is signalled saves the second."""
+    # However short a time ago it was read.
+    monkeypatch.setattr(server_module, "_MOMENT", 20.0)
     pids = [fork_worker(wait_to_be_killed).pid for _ in range(2)]
+    reaped: list[int] = []
 
     class Server(FileTimerServer):
         def _reap_worker(self, worker_pid: int, signal: int) -> bool:
+            reaped.append(worker_pid)
             for pid in pids:
                 file_link.put(pid, "block", -1)
             return super()._reap_worker(worker_pid, signal)
@@ -243,6 +250,7 @@ def test_release_while_another_is_reaped(file_link: Link, fork_worker: Fork) -> 
     for pid in pids:
         file_link.put(pid, "block", 1.0)
     server.run_once()  # The last round waits for all evidence, and then sees to all.
+    assert len(reaped) == 1
     eventually(lambda: [is_alive(pid) for pid in pids].count(False) == 1)
 
 

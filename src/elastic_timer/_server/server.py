@@ -73,7 +73,7 @@ _AT_ONCE = 0.05
 _EVIDENCE_FIRST = 0.05
 
 # So short a time after requests were read, in seconds, they are not read once more before a signal:
-# where clients write without end that takes tens of milliseconds, for each of those who are due.
+# amid rubbish without end that takes tens of milliseconds.
 _MOMENT = 0.001
 
 # The pause after requests could not be got: an error that comes back at once must not burn a core.
@@ -509,7 +509,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._told_first_until = _clock.monotonic() + _HEAD_START if self._is_heard else 0.0
         for pid in due:
             # A release that was written before the signal is honoured, however late it comes.
-            if self._is_long_since_read() and self._take_last_minute():
+            if self._take_last_minute():
                 expired = self._find_expired(now)
             if pid in expired:
                 self._reap(pid, expired[pid], self._inquests.forget(pid), now)
@@ -672,9 +672,6 @@ class ProcessServer(abc.ABC, Generic[_R]):
         self._last_read = _clock.monotonic()
         return bool(requests)
 
-    def _is_long_since_read(self) -> bool:
-        return self._last_read < _clock.monotonic() - _MOMENT
-
     def _find_expired(self, epoch: float) -> dict[int, list[_R]]:
         return self._contained(
             lambda: self.get_expired_timers(epoch), lambda: self._workers.expired(epoch)
@@ -813,7 +810,7 @@ class ProcessServer(abc.ABC, Generic[_R]):
         if self._trees.is_searching(pid):
             return False
         # Where this took a while, or the listeners did, a release may have been written before.
-        if self._is_long_since_read() and self._take_last_minute():
+        if self._last_read < _clock.monotonic() - _MOMENT and self._take_last_minute():
             if not is_due():
                 self._trees.let_go(pid)
                 return False
