@@ -59,6 +59,8 @@ class LooksAway(FileTimerServer):
             self.look()
             pytest.skip("this system does not let a process choose a pid")
         try:
+            # Popen returns a moment before its command line is there.
+            eventually(Path(f"/proc/{new.pid}/cmdline").read_bytes)
             yield new
         finally:
             new.kill()

@@ -29,6 +29,7 @@ from elastic_timer import (
     file_based_local_timer,
     local_timer,
 )
+from elastic_timer.debug_info_logging import set_stacks_timeout
 from tests.support import FAR, eventually, running, write_raw
 
 # Stand for the pids of processes that are started later. Nothing runs under such a number.
@@ -216,6 +217,7 @@ def no_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody's stacks are taken: that takes a moment, and the pids may be anybody's."""
     for module in (file_based_local_timer, local_timer):
         monkeypatch.setattr(module, "log_debug_info_for_expired_timers", lambda *_: None)
+    set_stacks_timeout(0)
 
 
 def with_pids(stream: bytes, pids: Mapping[int, int]) -> bytes:
