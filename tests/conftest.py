@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import textwrap
 import threading
 import uuid
@@ -167,6 +168,13 @@ def made_once(shared_folder: Path) -> Callable[[str, Callable[[Path], object]], 
         return folder
 
     return get
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """A folder for sockets, as multiprocessing has them: 107 characters are all of a path."""
+    with tempfile.TemporaryDirectory("", "et-", "/tmp", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -47,10 +47,10 @@ BUSY_LIBRARIES = """
 
 
 def test_s8_idle_threads_of_libraries_are_one_line(
-    spawn: Spawn, caplog: pytest.LogCaptureFixture, tmp_path: Path
+    spawn: Spawn, caplog: pytest.LogCaptureFixture, short_folder: Path
 ) -> None:
     """They are counted and named; the main thread and the user's own are shown, the fields full."""
-    child = spawn(BUSY_LIBRARIES, env={"TMPDIR": str(tmp_path)})
+    child = spawn(BUSY_LIBRARIES, env={"TMPDIR": str(short_folder)})
     assert child.readline() == "stuck"
     eventually(lambda: process_state(child.pid) == "S")
     log_debug_info_for_expired_timers("run", {child.pid: expired(child.pid)})

@@ -162,10 +162,10 @@ def test_a6_hook_that_signals_raises_once(fifo_path: str, fork_worker: Fork) -> 
 
 
 def test_b2_queue_whose_manager_has_died(
-    fork_worker: Fork, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    fork_worker: Fork, monkeypatch: pytest.MonkeyPatch, short_folder: Path
 ) -> None:
     """What it held is reaped in time, though every look at the queue raises from then on."""
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # Killed, it leaves its folder behind.
+    monkeypatch.setenv("TMPDIR", str(short_folder))  # Killed, it leaves its folder behind.
     manager = multiprocessing.get_context("spawn").Manager()
     try:
         with running(LocalTimerServer(manager.Queue())) as server:  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,6 +65,12 @@ def wait_until_gone(server: Server, pid: int) -> None:
     eventually(lambda: not server._workers.is_held(pid))
 
 
+def waited_to_run(server: Server) -> float:
+    """For how many seconds a server's thread has waited for a processor, where that is counted."""
+    counts = Path(f"/proc/self/task/{server._loop._run.thread.native_id}/schedstat")
+    return int(counts.read_text().split()[1]) / 1e9 if counts.exists() else 0.0
+
+
 PAUSES = [0.03, 0.11, 0.002, 0.25, 0.07]
 
 
@@ -98,18 +105,21 @@ def test_durations_are_the_workers_own(
 ) -> None:
     """Within 20 ms or 2 %, the first pass and the second; `after` is what was asked for.
 
-    Of the end of the last block no other block tells, only when its release is read. A machine that
-    is busy may let the server wait to run: of three measurements one has to agree.
+    A machine that is busy may let the server wait to run: of three measurements one has to agree.
+    Of the end of the last block no other block tells, only when its release is read: for how long
+    the server has waited for a processor is allowed for.
     """
     differences: list[list[float]] = []
     for _ in range(3):
         server = link.server()
         measured = measured_by(server)
         with running(server):
+            before = waited_to_run(server)
             worker = fork_worker(take_time, link.client, spend)
             took = worker.receive()
             assert worker.wait() == 0
             wait_until_gone(server, worker.pid)
+            waited = waited_to_run(server) - before
         blocks = measured()
         assert set(blocks) == set(map(str, PAUSES))
         for block in (blocks[str(seconds)] for seconds in PAUSES):
@@ -117,7 +127,8 @@ def test_durations_are_the_workers_own(
             assert (*counts, block["expired"], block["unfinished"]) == (2, 1, 1, 0, 0)
             assert (block["after"], block["pid"]) == (60, worker.pid)
         found = durations(blocks)
-        allowed = [max(0.02, 0.02 * own) for own in took[:-1]] + [0.1]
+        allowed = [max(0.02, 0.02 * own) for own in took]
+        allowed[-1] += waited
         differences.append([abs(a - b) for a, b in zip(found, took, strict=True)])
         if all(map(float.__le__, differences[-1], allowed)):
             break

@@ -249,10 +249,11 @@ def test_b2_what_was_taken_from_a_queue_that_fails_counts() -> None:
 
 
 def test_b2_managers_queue_whose_manager_died(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, short_folder: Path
 ) -> None:
     """The same with a real one."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))  # Killed, it leaves its folder behind.
+    # Killed, it leaves its folder behind.
+    monkeypatch.setattr(tempfile, "tempdir", str(short_folder))
     with multiprocessing.get_context("fork").Manager() as manager:
         requests = MultiprocessingRequestQueue(manager.Queue())  # type: ignore[arg-type]
         assert requests.drain() == []

@@ -208,8 +208,8 @@ def test_many_timers(server: FileTimerServer, fifo_path: str) -> None:
         questions = [stack.enter_context(Question(fifo_path, 10)) for _ in range(20)]
         # At the same time, too: who lets the answer lie for seconds gets no more of it.
         with ThreadPoolExecutor(len(questions)) as pool:
-            answers = list(pool.map(Question.read, questions))
-    for answer in answers:
+            told_to_each = list(pool.map(Question.read, questions))
+    for answer in told_to_each:
         assert [timer["scope"] for timer in json.loads(answer)["timers"]] == scopes
 
 
@@ -478,6 +478,7 @@ def test_socket_that_was_removed(server: FileTimerServer, fifo_path: str) -> Non
     for _ in range(2):
         os.unlink(f"{fifo_path}.sock")
         eventually(lambda: answers(fifo_path))
+        assert ask(fifo_path)["run_id"] == "run"
     os.unlink(f"{fifo_path}.sock")
     server.stop()
     assert os.listdir(os.path.dirname(fifo_path)) == []

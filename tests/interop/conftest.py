@@ -10,7 +10,6 @@ import socket
 import stat
 import subprocess
 import sys
-import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,13 +29,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--every-phase", action="store_true", help="hang in each phase of a job, not in some"
     )
-
-
-@pytest.fixture
-def short_folder() -> Iterator[Path]:
-    """A folder for sockets, as data loaders and Ray have them: 107 characters are all of a path."""
-    with tempfile.TemporaryDirectory("", "et-", "/tmp", ignore_cleanup_errors=True) as folder:
-        yield Path(folder)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from elastic_timer import _clock
+from elastic_timer._command import ENDED_BY_SIGNAL
 from elastic_timer._command.status_table import Style, table
 from elastic_timer._evidence.facts import one_line
 from elastic_timer._server.process import stat_of
@@ -132,7 +133,7 @@ def _screen(options: StatusOptions) -> Iterator[bool]:
     is_screen = not options.json and _is_terminal() and not _is_dumb()
 
     def end(number: int, frame: object) -> None:
-        sys.exit(128 + number)
+        sys.exit(ENDED_BY_SIGNAL + number)
 
     def pause(number: int, frame: object) -> None:
         # Not by the stream, in the midst of whose write this may be.

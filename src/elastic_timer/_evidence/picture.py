@@ -190,9 +190,9 @@ def look(pictures: Iterable[Picture], collectives: Collection[str] = ()) -> list
         for member in picture["members"]:
             process = member["rank"], member["host"], member["pid"]
             first = members.setdefault(process, member)
-            blocks.setdefault(process, known.setdefault(member["host"], set()))
-            named = [*member["passes"], *filter(None, [member["scope"]])]
-            known[member["host"]].update(map(short_scope, named))
+            told = known.setdefault(member["host"], set())
+            told.update(map(short_scope, [*member["passes"], *filter(None, [member["scope"]])]))
+            blocks.setdefault(process, told)
             if first["stacks"] is None and member["stacks"] is not None:
                 stacks = member["stacks"], member["descendants"]
                 members[process] = _with_stacks(first, *stacks)
